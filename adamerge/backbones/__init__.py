@@ -1,0 +1,6 @@
+"""Backbones: build the network, take features from it, find the heads."""
+
+from adamerge.backbones.base import Backbone
+from adamerge.backbones.module import Module
+
+__all__ = ["Backbone", "Module"]

@@ -1,0 +1,47 @@
+from collections.abc import Callable, Mapping
+
+from torch import Tensor, nn
+
+from adamerge.backbones.base import Backbone
+from adamerge.task_modules import LinearHead, TaskModule
+from adamerge.types import Batch, InputError, TaskInfo
+
+
+class Module(Backbone):
+    """Any `nn.Module`.
+
+    Args:
+        build: Makes the network; a class or function that takes no arguments.
+        features: Name of the method that maps the input to features [B, D]; by default the network is called itself.
+        input: Which entry of the batch is handed to the network.
+        heads: Prefix of a linear head's tensors in each expert's checkpoint (`head.` reads `head.weight` and
+            `head.bias`), or a checkpoint with such tensors for each task. Heads are frozen.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[], nn.Module],
+        *,
+        features: str | None = None,
+        input: str = "input",
+        heads: str | Mapping[str, str] = "head.",
+    ) -> None:
+        self._build, self._features, self._input, self._heads = build, features, input, heads
+
+    def build(self) -> nn.Module:
+        net = self._build()
+        if self._features and not callable(getattr(net, self._features, None)):
+            raise InputError(f"`backbone.features` is '{self._features}', which is no method of {type(net).__name__}.")
+        return net
+
+    def features(self, net: nn.Module, batch: Batch) -> Tensor:
+        if self._input not in batch:
+            raise InputError(f"`backbone.input` is '{self._input}', but a batch holds {', '.join(sorted(batch))}.")
+        return (getattr(net, self._features) if self._features else net)(batch[self._input])
+
+    def head(self, task: TaskInfo) -> TaskModule:
+        if isinstance(self._heads, str):
+            return LinearHead(task, prefix=self._heads)
+        if task.name not in self._heads:
+            raise InputError(f"`backbone.heads` names no head for task '{task.name}'; it has {', '.join(self._heads)}.")
+        return LinearHead(task, prefix="", path=self._heads[task.name])

@@ -1,0 +1,193 @@
+"""Checkpoints as lazy mappings from tensor name to tensor, whatever the files look like."""
+
+import hashlib
+import json
+import pickle
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from adamerge.files import sha256
+from adamerge.types import InputError
+
+DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{
+        "I64": torch.int64,
+        "I32": torch.int32,
+        "I16": torch.int16,
+        "I8": torch.int8,
+        "U8": torch.uint8,
+        "BOOL": torch.bool,
+    },
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+}
+PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+
+
+class State(Mapping[str, Tensor]):
+    """One checkpoint: names to tensors, each read when asked for.
+
+    Attributes:
+        source: What the user wrote.
+        files: The files behind it; empty for a mapping held in memory.
+    """
+
+    def __init__(self, source: str, files: tuple[Path, ...]) -> None:
+        self.source, self.files = source, files
+
+    def meta(self, name: str) -> tuple[torch.Size, torch.dtype]:
+        """Shape and dtype of a tensor, without reading it where the format allows."""
+        tensor = self[name]
+        return tensor.shape, tensor.dtype
+
+    def sha256(self) -> str:
+        """One digest over the files' digests, in the order of their names."""
+        digests = [sha256(file) for file in sorted(self.files, key=lambda file: file.name)]
+        return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+class _Memory(State):
+    def __init__(self, source: str, tensors: Mapping[str, Tensor], files: tuple[Path, ...] = ()) -> None:
+        super().__init__(source, files)
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+class _Safetensors(State):
+    """One or several safetensors files, memory-mapped by the library."""
+
+    def __init__(self, source: str, files: tuple[Path, ...]) -> None:
+        super().__init__(source, files)
+        self._home: dict[str, Any] = {}
+        for file in files:
+            try:
+                handle = safe_open(file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise InputError(
+                    f"{file} is not a whole safetensors file ({error}). It may be truncated or of another format: "
+                    "compare its size with the original and copy it again."
+                ) from error
+            for name in handle.keys():
+                if name in self._home:
+                    raise InputError(f"{source}: tensor '{name}' stands in two files, one of them {file.name}.")
+                self._home[name] = handle
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._home[name].get_tensor(name)
+
+    def meta(self, name: str) -> tuple[torch.Size, torch.dtype]:
+        view = self._home[name].get_slice(name)
+        if view.get_dtype() not in DTYPES:
+            raise InputError(
+                f"{self.source}: tensor '{name}' has the storage type {view.get_dtype()}, which is not read."
+            )
+        return torch.Size(view.get_shape()), DTYPES[view.get_dtype()]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._home)
+
+    def __len__(self) -> int:
+        return len(self._home)
+
+
+def open_state(source: str | Path | Mapping[str, Tensor]) -> State:
+    """Open a checkpoint.
+
+    Args:
+        source: A safetensors file; a folder with one, or with the shards and index that transformers writes; a `.pt` /
+            `.pth` / `.bin` / `.ckpt` state dict (read with `weights_only`, memory-mapped); `demo:POOL/NAME`; or a
+            mapping in memory.
+
+    Raises:
+        InputError: Nothing there, damaged, of another format, or a pickle that holds more than tensors.
+    """
+    if isinstance(source, State):
+        return source
+    if isinstance(source, Mapping):
+        return _Memory("a mapping in memory", source)
+    path = locate(str(source))
+    if path.is_dir():
+        return _Safetensors(str(source), _files_of(path))
+    if path.suffix == ".safetensors":
+        return _Safetensors(str(source), (path,))
+    if path.suffix in PICKLES:
+        return _Memory(str(source), _read_pickle(path), (path,))
+    raise InputError(f"{path}: unknown kind of checkpoint; expected .safetensors, a folder, or {', '.join(PICKLES)}.")
+
+
+def locate(source: str) -> Path:
+    """The path of a source; a `demo:` source is built on first use.
+
+    Raises:
+        InputError: No such file or folder.
+    """
+    if source.startswith("demo:"):
+        from adamerge.demo import locate_demo
+
+        return locate_demo(source.removeprefix("demo:"))
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise InputError(f"There is no checkpoint at '{source}' (looked in {path.parent.resolve()}).")
+    return path
+
+
+def _files_of(folder: Path) -> tuple[Path, ...]:
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    if not indices:
+        files = sorted(folder.glob("*.safetensors"))
+        if len(files) != 1:
+            raise InputError(
+                f"{folder} holds {len(files)} safetensors files and no index of shards; "
+                "name the file itself, or convert a pickled checkpoint first."
+            )
+        return (files[0],)
+    if len(indices) > 1:
+        raise InputError(
+            f"{folder} holds {len(indices)} indices of shards: {', '.join(i.name for i in indices)}; keep one."
+        )
+    try:
+        names = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{indices[0]} is no index of shards: it needs a 'weight_map' of tensor name to file."
+        ) from error
+    files = []
+    for name in names:
+        file = folder / str(name)
+        if Path(str(name)).name != name:
+            raise InputError(f"{indices[0]} points outside its folder ('{name}'); such a checkpoint is not read.")
+        if not file.exists():
+            raise InputError(f"{indices[0]} names the shard '{name}', which is missing; copy the whole folder.")
+        files.append(file)
+    return tuple(files)
+
+
+def _read_pickle(path: Path) -> Mapping[str, Tensor]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)  # files of torch < 1.6 cannot be mapped
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError):
+            raise InputError(
+                f"{path} is not a plain state dict: it is damaged, or its pickle holds other objects than tensors, "
+                "which could run code and is never read. Save `model.state_dict()` with safetensors instead."
+            ) from error
+    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
+        state = state["state_dict"]
+    if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise InputError(f"{path} holds other things than named tensors; save `model.state_dict()` alone.")
+    return state

@@ -1,0 +1,8 @@
+"""Unlabeled samples of every task, and labelled ones to evaluate on."""
+
+from adamerge.data.base import TaskData, TensorTask
+from adamerge.data.digits import Digits
+from adamerge.data.stream import StepSampler, StepStream
+from adamerge.data.unlabeled import UnlabeledTasks
+
+__all__ = ["Digits", "StepSampler", "StepStream", "TaskData", "TensorTask", "UnlabeledTasks"]

@@ -1,0 +1,58 @@
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from adamerge.recorded import Recorded
+from adamerge.types import InputError
+
+
+class TaskData(Recorded, ABC):
+    """One task's data: split: name -> map-style dataset of {"label": int, ...: tensors}."""
+
+    @property
+    @abstractmethod
+    def classes(self) -> Sequence[str]:
+        """The C class names, in the order of the labels."""
+
+    @abstractmethod
+    def split(self, name: str) -> Dataset[Mapping[str, Any]]:
+        """The samples of a split.
+
+        Raises:
+            InputError: No such split.
+        """
+
+
+class TensorTask(TaskData):
+    """A task held in tensors.
+
+    Args:
+        classes: The C class names.
+        **splits: For each split the inputs [N, …] and the labels [N].
+    """
+
+    def __init__(self, classes: Sequence[str], **splits: tuple[Tensor, Tensor]) -> None:
+        self._classes, self._splits = tuple(classes), splits
+
+    @property
+    def classes(self) -> Sequence[str]:
+        return self._classes
+
+    def split(self, name: str) -> Dataset[Mapping[str, Any]]:
+        if name not in self._splits:
+            raise InputError(f"There is no split '{name}'; there are {', '.join(self._splits)}.")
+        return _Tensors(*self._splits[name])
+
+
+class _Tensors(Dataset[Mapping[str, Any]]):
+    def __init__(self, inputs: Tensor, labels: Tensor) -> None:
+        self._inputs, self._labels = inputs, labels
+
+    def __len__(self) -> int:
+        return len(self._inputs)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        return {"input": self._inputs[index], "label": int(self._labels[index])}

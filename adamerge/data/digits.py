@@ -1,0 +1,25 @@
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from adamerge.data.base import TaskData, TensorTask
+from adamerge.demo import digits
+
+
+class Digits(TaskData):
+    """A task over scikit-learn's handwritten digits; splits train (797 scans), unlabeled (500) and test (500).
+
+    Args:
+        task: digit, turned, inverted, parity or large.
+    """
+
+    def __init__(self, task: str) -> None:
+        self._task = task
+
+    @property
+    def classes(self) -> Sequence[str]:
+        return digits.CLASSES[self._task]
+
+    def split(self, name: str) -> Dataset[Mapping[str, Any]]:
+        return TensorTask(self.classes, **{name: digits.samples(self._task, name)}).split(name)

@@ -1,0 +1,112 @@
+"""The endless training stream: what step k holds is a pure function of (seed, task, rank, k)."""
+
+import hashlib
+import random
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler, default_collate
+
+from adamerge.types import Batch
+
+
+class StepSampler(Sampler[int]):
+    """Counts training steps from where the run stands, without end; a run resumes at any k with any number of workers.
+
+    Args:
+        start: Asked at every `iter`: the first k.
+        cycle: Repeat the first so many steps forever (`overfit_batches`); 0 for never.
+    """
+
+    def __init__(self, start: Callable[[], int], *, cycle: int = 0) -> None:
+        self._start, self._cycle = start, cycle
+
+    def __iter__(self) -> Iterator[int]:
+        k = self._start()
+        while True:
+            yield k % self._cycle if self._cycle else k
+            k += 1
+
+
+class StepStream(Dataset[Mapping[str, Batch]]):
+    """Item k is the batch of every task for step k on one rank: {task: {"input": [B, …], …}}.
+
+    A task's samples come in an endless sequence of seeded permutations. Step k of all W ranks together takes the next W
+    * B of them, dealt out in turn: ranks never share a position, and W ranks see what one rank with W * B samples per
+    step sees.
+
+    Args:
+        splits: Map-style dataset per task.
+        batch_size: B, samples per task on this rank.
+        seed: Seeds the permutations and, per sample position, whatever randomness a dataset draws from torch, numpy or
+            random.
+        rank: This rank.
+        world_size: W.
+        labels: Keep the entry "label".
+    """
+
+    def __init__(
+        self,
+        splits: Mapping[str, Dataset[Any]],
+        *,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        labels: bool = False,
+    ) -> None:
+        self._splits, self._batch_size, self._seed = dict(splits), batch_size, seed
+        self._rank, self._world_size, self._labels = rank, world_size, labels
+        self._permutation = lru_cache(maxsize=2 * len(self._splits))(self._draw)
+
+    def __getitem__(self, k: int) -> Mapping[str, Batch]:
+        with _kept_random_state():
+            return {task: default_collate([self._sample(task, p) for p in self.positions(k)]) for task in self._splits}
+
+    def positions(self, k: int) -> range:
+        """Where in each task's endless sequence this rank's samples of step k stand."""
+        first = k * self._batch_size * self._world_size
+        return range(first + self._rank, first + self._batch_size * self._world_size, self._world_size)
+
+    def index(self, task: str, position: int) -> int:
+        """Which sample of the task's dataset stands at a position."""
+        epoch, place = divmod(position, len(self._splits[task]))  # type: ignore[arg-type]
+        return int(self._permutation(task, epoch)[place])
+
+    def _draw(self, task: str, epoch: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(_seed(self._seed, "order", task, epoch))
+        return torch.randperm(len(self._splits[task]), generator=generator)  # type: ignore[arg-type]
+
+    def _sample(self, task: str, position: int) -> Mapping[str, Any]:
+        seed = _seed(self._seed, "sample", task, position)
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        sample = self._splits[task][self.index(task, position)]
+        return sample if self._labels else {key: value for key, value in sample.items() if key != "label"}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_permutation"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._permutation = lru_cache(maxsize=2 * len(self._splits))(self._draw)
+
+
+class _kept_random_state:
+    """The global generators come out of the block as they went in."""
+
+    def __enter__(self) -> None:
+        self._kept = torch.get_rng_state(), random.getstate(), np.random.get_state()
+
+    def __exit__(self, *exception: object) -> None:
+        torch.set_rng_state(self._kept[0])
+        random.setstate(self._kept[1])
+        np.random.set_state(self._kept[2])
+
+
+def _seed(*parts: object) -> int:
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1

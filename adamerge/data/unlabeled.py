@@ -1,0 +1,111 @@
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from adamerge.data.base import TaskData
+from adamerge.data.stream import StepSampler, StepStream
+from adamerge.recorded import Recorded
+from adamerge.types import Batch, InputError, raise_all
+
+
+class UnlabeledTasks(Recorded, pl.LightningDataModule):
+    """The tasks' data: an endless stream of unlabeled batches to adapt on, and labelled samples to evaluate on.
+
+    Args:
+        tasks: Data per task; the names are those of the experts.
+        batch_size: Samples per task, step and rank.
+        split: The split adapted on; its labels are not looked at unless an objective is supervised.
+        eval_split: The split evaluated on.
+        eval_batch_size: Samples per forward in evaluation.
+        num_workers: Processes that prepare batches; each prepares whole steps.
+        seed: Seeds the order of the samples and any randomness in them.
+
+    Raises:
+        InputError: No tasks, or a size below 1.
+    """
+
+    def __init__(
+        self,
+        tasks: Mapping[str, TaskData],
+        *,
+        batch_size: int = 16,
+        split: str = "train",
+        eval_split: str = "test",
+        eval_batch_size: int = 256,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not tasks:
+            raise InputError("`data.tasks` is empty; name at least one task.")
+        if batch_size < 1 or eval_batch_size < 1:
+            raise InputError(
+                f"`data.batch_size` is {batch_size} and `data.eval_batch_size` {eval_batch_size}; both are at least 1."
+            )
+        self.tasks, self.batch_size, self.split, self.eval_split = dict(tasks), batch_size, split, eval_split
+        self.eval_batch_size, self.num_workers, self.seed = eval_batch_size, num_workers, seed
+        self.labels = False  # set by the run when an objective needs labels
+        self._splits: dict[str, dict[str, Dataset[Any]]] = {}
+
+    @property
+    def num_classes(self) -> dict[str, int]:
+        """C per task."""
+        return {task: len(data.classes) for task, data in self.tasks.items()}
+
+    def datasets(self, split: str) -> dict[str, Dataset[Any]]:
+        """Every task's samples of a split, opened once.
+
+        Raises:
+            InputError: A task has no such split, or none in it; all such tasks at once.
+        """
+        if split not in self._splits:
+            opened: dict[str, Dataset[Any]] = {}
+            raise_all(self._open(split, opened), "the data")
+            self._splits[split] = opened
+        return self._splits[split]
+
+    def _open(self, split: str, opened: dict[str, Dataset[Any]]) -> Iterator[str]:
+        for task, data in self.tasks.items():
+            try:
+                opened[task] = data.split(split)
+                if len(opened[task]) == 0:  # type: ignore[arg-type]
+                    yield f"Task '{task}' is empty: its split '{split}' has no samples."
+            except InputError as error:
+                yield f"Task '{task}': {error}"
+
+    def stream(self, rank: int = 0, world_size: int = 1) -> StepStream:
+        """The training stream as one rank sees it."""
+        return StepStream(
+            self.datasets(self.split),
+            batch_size=self.batch_size,
+            seed=self.seed,
+            rank=rank,
+            world_size=world_size,
+            labels=self.labels,
+        )
+
+    def train_dataloader(self) -> Iterable[Mapping[str, Batch]]:
+        trainer = self.trainer
+        assert trainer is not None
+        sampler = StepSampler(
+            lambda: trainer.fit_loop.epoch_loop.batch_progress.total.processed, cycle=int(trainer.overfit_batches)
+        )
+        stream = self.stream(trainer.global_rank, trainer.world_size)
+        return DataLoader(
+            stream, batch_size=None, sampler=sampler, num_workers=self.num_workers, pin_memory=torch.cuda.is_available()
+        )
+
+    def eval_loaders(self, rank: int = 0, world_size: int = 1) -> dict[str, DataLoader[Batch]]:
+        """One loader per task over this rank's share of the evaluation split; no sample stands in two shares."""
+        loaders = {}
+        for task, dataset in self.datasets(self.eval_split).items():
+            share = Subset(dataset, range(rank, len(dataset), world_size))  # type: ignore[arg-type]
+            loaders[task] = DataLoader(share, batch_size=self.eval_batch_size, num_workers=self.num_workers)
+        return loaders
+
+    def val_dataloader(self) -> list[DataLoader[Batch]]:
+        assert self.trainer is not None
+        return list(self.eval_loaders(self.trainer.global_rank, self.trainer.world_size).values())

@@ -1,0 +1,88 @@
+"""Scores of a model on labelled data, and of the baselines every merge is shown beside."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+from adamerge.merged import MergedModel, MultiTaskModel
+from adamerge.rules import TaskWise
+from adamerge.task_vectors import TaskVectors
+from adamerge.transforms import ElectSign, Trim
+from adamerge.types import Batch
+
+Scores = dict[str, float]  # task -> accuracy in [0, 1]
+
+
+class Collapse(NamedTuple):
+    """A task whose predictions gather on one class far more often than its samples do."""
+
+    task: str
+    predicted: float  # share of the most predicted class
+    true: float  # share of the most frequent class
+
+
+def confusion(num_classes: int) -> MulticlassConfusionMatrix:
+    """The metric behind every score: counts [C true, C predicted], added up over ranks; label -100 does not count."""
+    return MulticlassConfusionMatrix(num_classes=num_classes, ignore_index=-100)
+
+
+def score(task: str, table_CC: Tensor) -> tuple[float, Collapse | None]:
+    """Accuracy in [0, 1] and, where the predictions gather on one class, the collapse."""
+    total = max(1, int(table_CC.sum()))
+    collapse = Collapse(task, int(table_CC.sum(0).max()) / total, int(table_CC.sum(1).max()) / total)
+    collapsed = collapse.predicted > 0.9 and collapse.true < 0.75
+    return int(table_CC.diagonal().sum()) / total, collapse if collapsed else None
+
+
+@torch.inference_mode()
+def evaluate(
+    model: MultiTaskModel,
+    loaders: Mapping[str, DataLoader[Batch]],
+    num_classes: Mapping[str, int],
+    device: torch.device,
+) -> Scores:
+    """Accuracy per task over all ranks' shares, each sample once.
+
+    Args:
+        model: Answers model(batch, task).
+        loaders: Per task this rank's share of the labelled samples.
+        num_classes: C per task.
+        device: Where the model is.
+    """
+    model.eval()
+    with model.applied() if isinstance(model, MergedModel) else nullcontext():
+        return {
+            task: _accuracy(model, task, loader, confusion(num_classes[task]).to(device))
+            for task, loader in loaders.items()
+        }
+
+
+def _accuracy(model: MultiTaskModel, task: str, loader: DataLoader[Batch], metric: MulticlassConfusionMatrix) -> float:
+    for batch in loader:
+        batch = move_data_to_device(batch, metric.device)
+        metric.update(model(batch, task=task), batch["label"])
+    return score(task, metric.compute())[0]
+
+
+def baselines(model: MergedModel, raw: TaskVectors) -> Iterator[tuple[str, MergedModel, tuple[str, ...]]]:
+    """(name, merge, the tasks it is scored on) of every merge that needs no training, from the untransformed vectors.
+
+    They are task-wise coefficients: all 0, all 1/T, all 0.3 (arXiv 2212.04089), 0.3 after trimming and sign election
+    (arXiv 2306.01708, summed), and one 1 for each expert.
+    """
+    tasks = raw.tasks
+    rule = partial(TaskWise, raw)
+    yield "base", model.variant(rule(init=0.0), raw), tasks
+    yield "average", model.variant(rule(init=1 / len(tasks)), raw), tasks
+    yield "task arithmetic", model.variant(rule(init=0.3), raw), tasks
+    ties = raw.transformed([Trim(keep=0.2), ElectSign()])
+    yield "TIES", model.variant(TaskWise(ties, init=0.3), ties), tasks
+    for task in tasks:
+        yield f"expert {task}", model.variant(rule(init={other: float(other == task) for other in tasks}), raw), (task,)

@@ -1,0 +1,98 @@
+"""Files that are either old or new, never half-written; and the cache folder."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import platformdirs
+from filelock import FileLock
+
+from adamerge.types import InputError
+
+
+def cache_dir() -> Path:
+    """Where built demos, hashes and memory-mapped vectors are kept: `$ADAMERGE_CACHE`, else the user's cache folder."""
+    return Path(os.environ.get("ADAMERGE_CACHE") or platformdirs.user_cache_dir("adamerge"))
+
+
+@contextmanager
+def _explained(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise InputError(
+            f"No space left on the disk of {target.parent} while saving {target.name}. "
+            "What stood there before is untouched; free some space or choose another folder and save again."
+        ) from error
+
+
+@contextmanager
+def atomic_dir(target: Path) -> Iterator[Path]:
+    """Yield an empty folder that becomes `target` when the block ends well.
+
+    A killed process leaves the old folder or none (beside a `.tmp-…` or `.old-…` sibling), never a mixture.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    tag = uuid.uuid4().hex[:8]
+    new, old = target.with_name(f"{target.name}.tmp-{tag}"), target.with_name(f"{target.name}.old-{tag}")
+    try:
+        with _explained(target):
+            new.mkdir()
+            yield new
+            if target.exists():
+                target.rename(old)
+            new.rename(target)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def atomic_file(target: Path) -> Iterator[Path]:
+    """Yield a path to write to that replaces `target` when the block ends well."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    new = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex[:8]}")
+    try:
+        with _explained(target):
+            yield new
+            os.replace(new, target)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def built_once(target: Path, build: Callable[[Path], None]) -> Path:
+    """`target`, built by `build(folder)` if it is not there yet: one builder at a time, the others wait and read."""
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{target}.lock"):
+            if not target.exists():
+                with atomic_dir(target) as folder:
+                    build(folder)
+    return target
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file, remembered by path, size and modification time."""
+    path = path.resolve()
+    stat = path.stat()
+    stamp = [str(path), stat.st_size, stat.st_mtime_ns]
+    memo = cache_dir() / "sha256" / (hashlib.sha256(str(path).encode()).hexdigest()[:24] + ".json")
+    try:
+        known = json.loads(memo.read_text())
+        if known["stamp"] == stamp:
+            return str(known["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):  # no memo, or one we cannot read: hash the file
+        known = None
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    with atomic_file(memo) as new:
+        new.write_text(json.dumps({"stamp": stamp, "sha256": digest}))
+    return digest

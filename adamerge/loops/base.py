@@ -1,0 +1,23 @@
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from adamerge.recorded import Recorded
+from adamerge.types import Batch
+
+if TYPE_CHECKING:
+    from adamerge.module import AdaMerge
+
+
+class Loop(Recorded, ABC):
+    """step: (module, {task: batch}) -> what `training_step` returns, a scalar with all gradients behind it."""
+
+    def problems(self, module: "AdaMerge") -> Iterator[str]:
+        """What in the module this loop cannot work with, one sentence each; asked before training. Default: nothing."""
+        return iter(())
+
+    @abstractmethod
+    def step(self, module: "AdaMerge", batches: Mapping[str, Batch]) -> Tensor:
+        """One optimiser step's forwards and backwards."""

@@ -1,0 +1,286 @@
+"""The merged model: weights made by a rule, run inside a network that holds none of its own."""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from adamerge.backbones import Backbone
+from adamerge.modules import FrozenStore, parameter_sites, swapped
+from adamerge.rules import MergeRule
+from adamerge.task_modules import TaskModule
+from adamerge.task_vectors import TaskVectors
+from adamerge.types import Batch, InputError, TaskOutput
+
+ApplyMode = Literal["leaf", "swap"]
+Chains = Mapping[str, Sequence[TaskModule]]
+
+
+class MultiTaskModel(nn.Module):
+    """model(batch, task="svhn") -> logits [B, C]: one network and per task the modules after its features.
+
+    Attributes:
+        tasks: The names it answers to.
+    """
+
+    def __init__(self, backbone: Backbone, net: nn.Module, chains: Chains) -> None:
+        super().__init__()
+        self.backbone, self.tasks = backbone, tuple(chains)
+        self.net = net
+        self.task_modules = nn.ModuleList(nn.ModuleList(chain) for chain in chains.values())
+
+    def chain(self, task: str | None) -> list[TaskModule]:
+        """The task's modules, in the order they are applied.
+
+        Raises:
+            InputError: No such task.
+        """
+        if task not in self.tasks:
+            raise InputError(
+                f"The model knows the tasks {', '.join(self.tasks)}; asked for {task!r}; call model(batch, task=…)."
+            )
+        chain = self.task_modules[self.tasks.index(task)]
+        assert isinstance(chain, nn.ModuleList)
+        return list(chain)
+
+    @contextmanager
+    def attached(self, task: str | None) -> Iterator[None]:
+        """The task's modules at work inside the network; the block must span forward and backward."""
+        with ExitStack() as stack:
+            for module in self.chain(task):
+                stack.enter_context(module.attach(self.bare_net()))
+            yield
+
+    def bare_net(self) -> nn.Module:
+        """The network itself."""
+        return self.net
+
+    def features(self, batch: Batch) -> Tensor:
+        """Merged features [B, D], before any task's modules."""
+        return self.backbone.features(self.bare_net(), batch)
+
+    def answer(self, task: str | None, features_BD: Tensor) -> TaskOutput:
+        """From merged features to the task's output, in at least fp32; its features are what enters the last module."""
+        features = features_BD.to(torch.promote_types(features_BD.dtype, torch.float32))
+        *before, last = self.chain(task)
+        for module in before:
+            features = module(features)
+        return TaskOutput(str(task), features, last(features).to(features.dtype))
+
+    def respond(self, task: str | None, batch: Batch) -> TaskOutput:
+        """The task's output on a batch, with whatever weights stand in the network."""
+        return self.answer(task, self.features(batch))
+
+    def forward(self, batch: Batch, task: str | None = None) -> Tensor:
+        with self.attached(task):
+            return self.respond(task, batch).logits_BC
+
+    def train(self, mode: bool = True) -> Any:
+        """Frozen parts stay in eval, so that dropout and BatchNorm never move."""
+        super().train(mode)
+        self.net.eval()
+        for module in self.modules():
+            if isinstance(module, TaskModule) and not any(p.requires_grad for p in module.parameters()):
+                module.eval()
+        return self
+
+
+class _Skeleton(FrozenStore):
+    """A network whose merged tensors are absent and whose others are frozen. Follows `.to()` by device and dtype."""
+
+    net: nn.Module
+
+    def __init__(self, net: nn.Module, merged: Sequence[str]) -> None:
+        super().__init__()
+        sites = parameter_sites(net)
+        self.sites = {name: sites[name] for name in merged}
+        self.dtypes = {name: places[0][0]._parameters[places[0][1]].dtype for name, places in self.sites.items()}  # type: ignore[union-attr]
+        for places in self.sites.values():
+            for module, attribute in places:
+                module._parameters[attribute] = None
+        self.in_place = False
+        object.__setattr__(
+            self, "net", net.requires_grad_(False).eval()
+        )  # not a submodule: invisible to DDP and checkpoints
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self.dtypes = {
+            name: fn(torch.empty(0, dtype=dtype, device=self.device)).dtype for name, dtype in self.dtypes.items()
+        }
+        self.net._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+
+class Step:
+    """One optimiser step through the model: run forwards, hand each loss to `backward`, return `scalar` at the end."""
+
+    def __init__(self, learnables: Mapping[str, nn.Parameter], device: torch.device, at_once: bool) -> None:
+        self._learnables, self._device, self._at_once = learnables, device, at_once
+        self._pending: list[Tensor] = []
+        self.gradients: list[Tensor] = []
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of a loss [], outside of autocast; in `swap` mode, when the step ends."""
+        self._pending.append(loss)
+        if not self._at_once:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._pending:
+            with torch.autocast(self._device.type, enabled=False):
+                torch.stack(self._pending).sum().backward()
+            self._pending = []
+
+    def scalar(self, value: Tensor) -> Tensor:
+        """A scalar of the given value whose backward hands every learnable the gradient that this step has found."""
+        return _Handed.apply(value.detach().float(), self.gradients, *self._learnables.values())
+
+
+class _Handed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *learnables: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> Any:  # type: ignore[override]
+        return None, None, *[gradient * scale.to(gradient.dtype) for gradient in ctx.gradients]
+
+
+class MergedModel(MultiTaskModel):
+    """A rule, task vectors and a network, run with the merged weights in place.
+
+    Args:
+        backbone: How to take features and heads.
+        net: The network with its unmerged tensors in place. It is taken over: its merged parameters are removed, and
+            stand in it only inside `applied()` and `step()`.
+        vectors: Base and task vectors.
+        rule: Makes the weights.
+        chains: Per task, the modules from features to logits.
+        apply_mode: `leaf`: the weights enter the network as detached leaves, one pull-back per step contracts their
+            gradients with the task vectors; any number of backwards. `swap`: the weights enter with their graph, one
+            backward per step.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        net: nn.Module,
+        vectors: TaskVectors,
+        rule: MergeRule,
+        chains: Chains,
+        *,
+        apply_mode: ApplyMode = "leaf",
+    ) -> None:
+        if set(vectors.tasks) != set(chains):
+            raise InputError(f"Task vectors are of {', '.join(vectors.tasks)}; task modules of {', '.join(chains)}.")
+        skeleton = net if isinstance(net, _Skeleton) else _Skeleton(net, tuple(vectors.space.shapes))
+        super().__init__(backbone, skeleton, chains)
+        self.vectors, self.rule, self.apply_mode = vectors, rule, apply_mode
+
+    def variant(self, rule: MergeRule, vectors: TaskVectors | None = None) -> "MergedModel":
+        """The same network, task modules and device under another rule, and other vectors of the same space."""
+        chains = {task: self.chain(task) for task in self.tasks}
+        model = MergedModel(
+            self.backbone, self._skeleton, vectors or self.vectors, rule, chains, apply_mode=self.apply_mode
+        )
+        for part in (model.rule, model.vectors):
+            part.to(self._skeleton.device)
+        return model
+
+    def learnables(self) -> dict[str, nn.Parameter]:
+        """Everything that is trained: the rule's and the task modules' parameters that require grad."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def weights(self) -> dict[str, Tensor]:
+        """Merged tensors by canonical name, in the model's device and dtype, differentiable in the learnables."""
+        shared = self.rule.begin()
+        return {name: self._make(name, shared) for name in self.vectors.space.shapes}
+
+    def _make(self, name: str, shared: Any) -> Tensor:
+        skeleton = self._skeleton
+        with torch.autocast(skeleton.device.type, enabled=False):
+            merged = self.rule.merge(name, self.vectors.base(name), self.vectors.deltas(name), shared)
+            return merged.to(skeleton.device, skeleton.dtypes[name])
+
+    @property
+    def _skeleton(self) -> _Skeleton:
+        assert isinstance(self.net, _Skeleton)
+        return self.net
+
+    def bare_net(self) -> nn.Module:
+        if not self._skeleton.in_place:
+            raise RuntimeError(
+                "The merged weights are not in place: call the model itself, or work inside `applied()` or `step()`."
+            )
+        return self._skeleton.net
+
+    def forward(self, batch: Batch, task: str | None = None) -> Tensor:
+        self.chain(task)
+        with nullcontext() if self._skeleton.in_place else self.applied():
+            return super().forward(batch, task)
+
+    @contextmanager
+    def _placed(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        if self._skeleton.in_place:
+            raise RuntimeError("Merged weights are in place already; `applied()` and `step()` do not nest.")
+        self._skeleton.in_place = True
+        try:
+            with swapped(self._skeleton.sites, weights):
+                yield
+        finally:
+            self._skeleton.in_place = False
+
+    @contextmanager
+    def applied(self) -> Iterator[nn.Module]:
+        """The network with the merged weights in place, made once; keep backward inside the block as well."""
+        with self._placed(self.weights()):
+            yield self._skeleton.net
+
+    @contextmanager
+    def step(self) -> Iterator[Step]:
+        """One materialisation, any number of forwards and `Step.backward`, one pull-back at the end.
+
+        Every learnable enters as a detached leaf, so that nothing in here touches the gradients and hooks of the
+        parameters that an optimiser or DDP watches; `Step.scalar` hands the gradients over.
+        """
+        learnables = self.learnables()
+        leaves = {name: parameter.detach().requires_grad_() for name, parameter in learnables.items()}
+        step = Step(learnables, self._skeleton.device, self.apply_mode == "swap")
+        sites = parameter_sites(self)
+        with swapped({name: sites[name] for name in leaves}, leaves):
+            made = self.weights()
+            entering = made
+            if self.apply_mode == "leaf":
+                entering = {name: weight.detach().requires_grad_(weight.requires_grad) for name, weight in made.items()}
+            with self._placed(entering):
+                yield step
+                step._flush()
+            if self.apply_mode == "leaf":
+                reached = [name for name in made if entering[name].grad is not None]
+                torch.autograd.backward([made[name] for name in reached], [entering[name].grad for name in reached])
+        step.gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves.values()]
+
+    @torch.no_grad()
+    def materialize(self, *, dtype: torch.dtype | None = None) -> nn.Module:
+        """A plain copy of the network with the merged weights as its parameters; it needs nothing of adamerge.
+
+        Args:
+            dtype: Cast once, at the end, from the fp32 merge; by default each tensor keeps the network's dtype.
+        """
+        skeleton, shared = self._skeleton, self.rule.begin()
+        net = copy.deepcopy(skeleton.net)
+        twin = dict(zip(map(id, skeleton.net.modules()), net.modules(), strict=True))
+        for name, places in skeleton.sites.items():
+            parameter = nn.Parameter(self._make(name, shared))
+            for module, attribute in places:
+                twin[id(module)]._parameters[attribute] = parameter
+        return net if dtype is None else net.to(dtype)
+
+    def folded(self, *, dtype: torch.dtype | None = None) -> MultiTaskModel:
+        """The same answers from a dense network: no task vectors kept, nothing left to train."""
+        chains = {task: copy.deepcopy(self.chain(task)) for task in self.tasks}
+        return MultiTaskModel(self.backbone, self.materialize(dtype=dtype), chains).requires_grad_(False).eval()

@@ -1,0 +1,218 @@
+"""The training step, nothing else: Lightning's view of a merge."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from adamerge.evaluation import confusion, score
+from adamerge.loops import Joint, Loop
+from adamerge.loops.tally import Terms, Weighted
+from adamerge.merged import MergedModel, Step
+from adamerge.objectives import Entropy, Objective
+from adamerge.resume import reconcile_optimizer, restore, training_state
+from adamerge.types import Batch, InputError, TaskOutput, raise_all
+
+log = logging.getLogger("adamerge")
+
+
+class NonFiniteLoss(InputError):
+    """A loss or gradient became NaN or Inf; the learnables are those of the last good step."""
+
+
+def adam(parameters: Any) -> Optimizer:
+    """The default optimiser: Adam at 1e-3, AdaMerging's own."""
+    return torch.optim.Adam(parameters, lr=1e-3)
+
+
+class AdaMerge(pl.LightningModule):
+    """Trains the learnables of a merged model.
+
+    Args:
+        model: What is trained.
+        objectives: Added up, each with its weight, over all tasks.
+        loop: How one step goes through the tasks.
+        optimizer: Makes the optimiser from the learnables.
+        lr_scheduler: Makes a schedule from the optimiser; it advances every optimiser step.
+        num_classes: C per task, for the accuracy of tasks with labels; none are needed to train.
+
+    Raises:
+        InputError: Nothing to learn, or parts that do not work together.
+    """
+
+    def __init__(
+        self,
+        model: MergedModel,
+        *,
+        objectives: Sequence[Objective] | None = None,
+        loop: Loop | None = None,
+        optimizer: Callable[[Any], Optimizer] = adam,
+        lr_scheduler: Callable[[Optimizer], Any] | None = None,
+        num_classes: Mapping[str, int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.strict_loading = (
+            False  # a checkpoint holds learnables only; `resume.restore` checks that they are all there
+        )
+        self.model, self.loop = model, loop or Joint()
+        self._objectives = torch.nn.ModuleList([Entropy()] if objectives is None else objectives)
+        self._make_optimizer, self._make_scheduler = optimizer, lr_scheduler
+        self.metrics = torch.nn.ModuleList(confusion(c) for c in (num_classes or {}).values())
+        self._metric_tasks = tuple(num_classes or {})
+        self._stack = ExitStack()
+        self.bad_step_T = torch.empty(0)  # per task, then for the gradient: the first step that was not finite, or -1
+        raise_all(self._problems(), "the training set-up")
+
+    def _problems(self) -> Iterator[str]:
+        if not self.model.learnables():
+            yield "There is nothing to learn: neither the rule nor a task module has a trainable parameter."
+        if not self.objectives:
+            yield "There is no objective; name at least one under `model.objectives`."
+        for objective in self.objectives:
+            unknown = sorted(set(objective.task_weights) - set(self.model.tasks))
+            if unknown:
+                tasks = ", ".join(self.model.tasks)
+                yield f"`task_weights` of {type(objective).__name__} names {', '.join(unknown)}; the tasks are {tasks}."
+        yield from self.loop.problems(self)
+
+    @property
+    def objectives(self) -> list[Objective]:
+        """The objectives, in order."""
+        return list(self._objectives)  # type: ignore[arg-type]
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Everything that some objective needs."""
+        return frozenset().union(*(objective.needs for objective in self.objectives))
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self._make_optimizer(list(self.model.learnables().values()))
+        if self._make_scheduler is None:
+            return optimizer
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self._make_scheduler(optimizer), "interval": "step"},
+        }
+
+    # --- one step
+
+    def on_fit_start(self) -> None:
+        self._stack.close()
+        self.bad_step_T = torch.full((len(self.model.tasks) + 1,), -1, device=self.device, dtype=torch.int64)
+
+    def training_step(self, batch: Mapping[str, Batch], batch_idx: int) -> Tensor:
+        return self.loop.step(self, batch)
+
+    def terms(self, out: TaskOutput, batch: Batch) -> Terms:
+        """All objectives' weighted terms on one task's output, by name; a name used twice is numbered."""
+        terms: dict[str, Weighted] = {}
+        for objective in self.objectives:
+            for name, term in objective(out, batch).items():
+                key = name if name not in terms else f"{name}_{sum(other.startswith(name) for other in terms)}"
+                terms[key] = Weighted(objective.weight_of(out.task), term)
+        return terms
+
+    def penalize(self, step: Step) -> Mapping[str, Tensor]:
+        """The rule's penalties, sent backward."""
+        penalties = self.model.rule.penalty()
+        for penalty in penalties.values():
+            step.backward(penalty)
+        return {name: penalty.detach() for name, penalty in penalties.items()}
+
+    def report(self, values: Mapping[str, Mapping[str, Tensor]], penalties: Mapping[str, Tensor]) -> Tensor:
+        """Log every term; return the total loss. Nothing here waits for the device."""
+        per_task = {task: torch.stack(list(terms.values())).sum() for task, terms in values.items()}
+        total = torch.stack([*per_task.values(), *penalties.values()]).sum()
+        self._watch(torch.stack([per_task[task] for task in self.model.tasks]), slice(0, -1))
+        named = {f"train/{task}/{name}": value for task, terms in values.items() for name, value in terms.items()}
+        self.log_dict(
+            {**named, **{f"train/penalty/{k}": v for k, v in penalties.items()}, "train/loss": total}, batch_size=1
+        )
+        return total
+
+    # --- a step that is not finite changes nothing, and ends the run at the next logging interval
+
+    def _watch(self, values: Tensor, where: slice) -> None:
+        bad = ~values.isfinite() & (self.bad_step_T[where] < 0)
+        self.bad_step_T[where] = torch.where(bad, self.trainer.global_step, self.bad_step_T[where])
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        learnables = list(self.model.learnables().values())
+        before = [learnable.detach().clone() for learnable in learnables]
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        with torch.no_grad():
+            good = (self.bad_step_T < 0).all()
+            for learnable, old in zip(learnables, before, strict=True):
+                learnable.copy_(torch.where(good, learnable, old))
+            self.model.rule.project_()
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        gradients = [p.grad for p in self.model.learnables().values() if p.grad is not None]
+        self._watch(torch.stack([gradient.sum() for gradient in gradients]).sum()[None], slice(-1, None))
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if (batch_idx + 1) % self.trainer.log_every_n_steps == 0:
+            self.raise_if_not_finite()
+
+    def on_train_end(self) -> None:
+        self.raise_if_not_finite()
+
+    def raise_if_not_finite(self) -> None:
+        """Look at the marks of bad steps; waits for the device.
+
+        Raises:
+            NonFiniteLoss: Naming the tasks and the step.
+        """
+        first = (
+            self.bad_step_T.tolist()
+        )  # equal on all ranks: values and gradients were reduced before they were looked at
+        if max(first) < 0:
+            return
+        step = int(min(bad for bad in first if bad >= 0))
+        tasks = [task for task, bad in zip(self.model.tasks, first, strict=False) if bad >= 0]
+        what = f"The loss of {', '.join(tasks)}" if tasks else "The gradient"
+        raise NonFiniteLoss(
+            f"{what} became NaN or Inf at step {step}. No update was made from that step on, so the merge is the last "
+            "good one. Lower the learning rate, use precision 32 or bf16-mixed, or look at this task's data."
+        )
+
+    # --- evaluation: the weights are merged once for all batches
+
+    def on_validation_start(self) -> None:
+        self._stack.enter_context(self.model.applied())
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        logits_BC = self.model(batch, task=self._metric_tasks[dataloader_idx])
+        self.metrics[dataloader_idx].update(logits_BC, batch["label"])  # type: ignore[operator]
+
+    def on_validation_epoch_end(self) -> None:
+        scores = {}
+        for task, metric in zip(self._metric_tasks, self.metrics, strict=True):
+            scores[task], collapse = score(task, metric.compute())  # type: ignore[operator]
+            metric.reset()  # type: ignore[operator]
+            if collapse is not None:
+                log.warning(
+                    "Task '%s' is collapsing: %.0f %% of its predictions are one class; its largest holds %.0f %%.",
+                    *(task, 100 * collapse.predicted, 100 * collapse.true),
+                )
+        self.log_dict({f"val/{task}/accuracy": value for task, value in scores.items()})
+        self.log("val/accuracy", sum(scores.values()) / max(1, len(scores)), prog_bar=True)
+
+    def on_validation_end(self) -> None:
+        self._stack.close()
+
+    # --- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = {}
+        checkpoint["adamerge"] = training_state(self.model, self.trainer.optimizers)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        restore(self.model, checkpoint)
+        optimizer = self.configure_optimizers()
+        reconcile_optimizer(checkpoint, optimizer["optimizer"] if isinstance(optimizer, dict) else optimizer)

@@ -1,0 +1,70 @@
+"""How modules hold frozen tensors, keep learnables in fp32, and have their parameters swapped for a while."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class FrozenStore(nn.Module):
+    """Holds tensors that nothing may train, save or broadcast: no parameters, no buffers, no state.
+
+    It follows `.to()` by device only; dtypes are chosen once, at load.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.device = torch.device("cpu")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        device = fn(torch.empty(0, device=self.device)).device
+        if device != self.device:
+            self._move(device)
+            self.device = device
+        return self
+
+    def _move(self, device: torch.device) -> None:
+        """Bring the tensors to a device."""
+
+
+class Learnable(nn.Module):
+    """A module whose parameters stay fp32 whatever the trainer's precision; they follow `.to()` by device only."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        return super()._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).device), recurse)
+
+
+Sites = Mapping[str, list[tuple[nn.Module, str]]]
+
+
+def parameter_sites(net: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
+    """For each canonical parameter name all places (module, attribute) that hold it, tied ones together."""
+    first: dict[int, str] = {}
+    sites: dict[str, list[tuple[nn.Module, str]]] = {}
+    for prefix, module in net.named_modules(remove_duplicate=False):
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                name = first.setdefault(id(parameter), f"{prefix}.{attribute}" if prefix else attribute)
+                if all(place != (module, attribute) for place in sites.setdefault(name, [])):
+                    sites[name].append((module, attribute))
+    return sites
+
+
+@contextmanager
+def swapped(sites: Sites, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Put tensors in the place of parameters, at every site, for the length of the block.
+
+    The block must span forward and backward: activation checkpointing runs the forward again during backward, and would
+    silently see the old values (tests/test_engine.py shows it).
+    """
+    held = [(module, attribute, module._parameters[attribute]) for name in tensors for module, attribute in sites[name]]
+    try:
+        for name, tensor in tensors.items():
+            for module, attribute in sites[name]:
+                module._parameters[attribute] = tensor  # type: ignore[assignment]
+        yield
+    finally:
+        for module, attribute, parameter in held:
+            module._parameters[attribute] = parameter

@@ -1,0 +1,28 @@
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch.nn.functional as F
+
+from adamerge.objectives.base import Objective
+from adamerge.types import Batch, TaskOutput, Term
+
+IGNORED = -100  # torch's own mark of a sample without a label
+
+
+class Supervised(Objective):
+    """Cross-entropy with the true labels, in nats per labelled sample; samples labelled -100 do not count.
+
+    Args:
+        weight: Factor of the term.
+        task_weights: Further factors per task.
+
+    Source: the supervised objective of SUPERMERGE, arXiv 2412.10416.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"labels"})
+    filters: ClassVar[bool] = True
+
+    def forward(self, out: TaskOutput, batch: Batch) -> Mapping[str, Term]:
+        label_B = batch["label"]
+        total = F.cross_entropy(out.logits_BC, label_B, reduction="sum", ignore_index=IGNORED)
+        return {"cross_entropy": Term(total, (label_B != IGNORED).sum())}

@@ -1,0 +1,80 @@
+"""What a training checkpoint holds beside Lightning's counters, and how a run goes on from it exactly."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from torch.optim import Optimizer
+
+from adamerge.learnables import labels_of, learnables_of, load_state, state_of
+from adamerge.merged import MergedModel
+from adamerge.types import InputError
+
+log = logging.getLogger("adamerge")
+
+
+def training_state(model: MergedModel, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
+    """Learnables and the names they belong to, the sources' fingerprint, gradients of an unfinished accumulation."""
+    return {
+        "learnables": state_of(model),
+        "labels": labels_of(model),
+        "fingerprint": model.vectors.fingerprint(),
+        "accumulated": {
+            n: x.parameter.grad.cpu().clone() for n, x in learnables_of(model).items() if x.parameter.grad is not None
+        },
+        "optimizer": [_plain(optimizer.defaults) for optimizer in optimizers],
+    }
+
+
+def restore(model: MergedModel, checkpoint: dict[str, Any]) -> None:
+    """Put a checkpoint's learnables into the model.
+
+    Raises:
+        InputError: The checkpoint is of another program, or was made from other checkpoints, tasks or groups.
+    """
+    state = checkpoint.get("adamerge")
+    if state is None:
+        raise InputError("`ckpt_path` is no training checkpoint of adamerge.")
+    if state["labels"] != labels_of(model):
+        then, now = (
+            {kind: ", ".join(names) for kind, names in labels.items()} for labels in (state["labels"], labels_of(model))
+        )
+        kind = "task" if then["task"] != now["task"] else "group"
+        raise InputError(
+            f"`ckpt_path` was trained on the {kind}s {then[kind]}; this run has {now[kind]}. "
+            "Resume with the same ones in the same order."
+        )
+    if state["fingerprint"] != model.vectors.fingerprint():
+        raise InputError(
+            "`ckpt_path` was trained on other task vectors: a checkpoint, transform or seed has changed since. "
+            "Put the old sources back, or start afresh without `--ckpt_path`."
+        )
+    load_state(model, state["learnables"], state["labels"], "`ckpt_path`")
+    for name, gradient in state["accumulated"].items():
+        learnable = learnables_of(model)[name].parameter
+        learnable.grad = gradient.to(learnable.device)
+
+
+def reconcile_optimizer(checkpoint: dict[str, Any], optimizer: Optimizer) -> None:
+    """Let what is configured now beat what the checkpoint was trained with, and say so."""
+    before, now = checkpoint["adamerge"]["optimizer"][0], _plain(optimizer.defaults)
+    changed = {key: value for key, value in now.items() if key in before and before[key] != value}
+    for key, value in changed.items():
+        log.info("Resuming with %s %s; the checkpoint was trained with %s.", key, value, before[key])
+    groups = checkpoint["optimizer_states"][0]["param_groups"]
+    if "lr" in changed:
+        ratio = changed.pop("lr") / before["lr"]
+        for group in groups:
+            for key in ("lr", "initial_lr"):
+                if key in group:
+                    group[key] *= ratio
+        for schedule in checkpoint.get("lr_schedulers", []):
+            for key in ("base_lrs", "_last_lr"):
+                if key in schedule:
+                    schedule[key] = [lr * ratio for lr in schedule[key]]
+    for group in groups:
+        group.update({key: value for key, value in changed.items() if key in group})
+
+
+def _plain(options: dict[str, Any]) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}

@@ -1,0 +1,168 @@
+"""Which tensors of a network are merged, under which names, in which groups."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from adamerge.types import InputError, some
+
+
+@dataclass(frozen=True)
+class ParamSpace:
+    """The merged tensors of a network.
+
+    Invariants, checked in `of()`: names are canonical (a tied tensor appears once, under its first name); every
+    floating parameter is either in `shapes` or in `left_out`; groups are numbered in the order of their first tensor.
+
+    Attributes:
+        shapes: Merged tensors, in the network's order.
+        group_of: Index of each merged tensor's group, in [0, G).
+        group_names: The G names.
+        aliases: Other names of tied tensors, to their canonical name; checkpoints may use any of them.
+        buffers: Persistent buffers; the floating ones follow the `buffer_policy`.
+        buffer_policy: `base` keeps the base's running statistics, `mean` averages the experts'.
+        left_out: Parameters that keep the base's value, with the reason.
+        skip: Regular expression of the names that are neither merged nor compared, in checkpoints too.
+    """
+
+    shapes: Mapping[str, torch.Size]
+    group_of: Mapping[str, int]
+    group_names: tuple[str, ...]
+    aliases: Mapping[str, str]
+    buffers: tuple[str, ...]
+    buffer_policy: Literal["base", "mean"] = "base"
+    left_out: Mapping[str, str] = ()  # type: ignore[assignment]
+    skip: str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        net: nn.Module,
+        *,
+        group: str = "tensor",
+        skip: str | None = None,
+        buffers: Literal["base", "mean"] = "base",
+    ) -> "ParamSpace":
+        """Read the space off a network.
+
+        Args:
+            net: The network; its values are not looked at.
+            group: What shares one coefficient: `tensor`; `block` (the shortest prefix that ends in a number, else the
+                module); `model`; or a regular expression: its first group, or else the whole match, names the group,
+                and names without a match share the group `rest`.
+            skip: Names that match keep the base's value.
+            buffers: Policy for floating buffers (BatchNorm statistics).
+
+        Raises:
+            InputError: A bad regular expression, or nothing left to merge.
+        """
+        aliases: dict[str, str] = {}
+        shapes: dict[str, torch.Size] = {}
+        left_out: dict[str, str] = {}
+        skips = _compile(skip, "space.skip") if skip else None
+        first_of: dict[Any, str] = {}
+        for name, parameter in net.named_parameters(remove_duplicate=False):
+            first = first_of.setdefault(_identity(parameter), name)
+            if first != name:
+                aliases[name] = first
+            elif skips and skips.search(name):
+                left_out[name] = "skipped"
+            elif not parameter.is_floating_point():
+                left_out[name] = "not floating"
+            else:
+                shapes[name] = parameter.shape
+        if not shapes:
+            raise InputError(
+                "No tensor is left to merge: the network has no floating parameter that `space.skip` lets pass."
+            )
+        names = [name for name, _ in net.named_buffers() if _persistent(net, name)]
+        kept = tuple(name for name in names if not (skips and skips.search(name)))
+        space = cls(shapes, {}, (), aliases, kept, buffers, left_out, skip)
+        return space._grouped(_namer(group))
+
+    def without(self, names: Iterable[str], reason: str) -> "ParamSpace":
+        """The same space with some tensors left out; their groups go when they were the last in them."""
+        names = set(names)
+        shapes = {name: shape for name, shape in self.shapes.items() if name not in names}
+        if not shapes:
+            raise InputError(f"No tensor is left to merge: all are left out ({reason}).")
+        left_out = {**self.left_out, **{name: reason for name in self.shapes if name in names}}
+        return replace(self, shapes=shapes, left_out=left_out)._grouped(
+            lambda name: self.group_names[self.group_of[name]]
+        )
+
+    def checkpoint_names(self) -> dict[str, list[str]]:
+        """For each merged tensor the names a checkpoint may hold it under, the canonical one first."""
+        names = {name: [name] for name in self.shapes}
+        for alias, first in self.aliases.items():
+            if first in names:
+                names[first].append(alias)
+        return names
+
+    @property
+    def num_elements(self) -> int:
+        """P, the number of merged elements."""
+        return sum(shape.numel() for shape in self.shapes.values())
+
+    def describe(self) -> str:
+        """One line for the plan; what is left out is said with its reason."""
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.left_out.items():
+            reasons.setdefault(reason, []).append(name)
+        out = "".join(f"; {reason}: {some(names)}" for reason, names in reasons.items())
+        return f"{len(self.shapes)} tensors ({self.num_elements:,} elements) in {len(self.group_names)} groups{out}"
+
+    def _grouped(self, name_of: Callable[[str], str]) -> "ParamSpace":
+        groups: dict[str, int] = {}
+        group_of = {name: groups.setdefault(name_of(name), len(groups)) for name in self.shapes}
+        return replace(self, group_of=group_of, group_names=tuple(groups))
+
+
+def _identity(parameter: Tensor) -> Any:
+    """Equal for parameters that share their memory, whether or not they are one object."""
+    if parameter.is_meta or parameter.numel() == 0:
+        return id(parameter)
+    storage = parameter.untyped_storage().data_ptr()
+    return storage, parameter.storage_offset(), parameter.shape, parameter.stride()
+
+
+def _persistent(net: nn.Module, name: str) -> bool:
+    path, _, leaf = name.rpartition(".")
+    return leaf not in net.get_submodule(path)._non_persistent_buffers_set
+
+
+def _compile(pattern: str, option: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"`{option}` is no regular expression: '{pattern}' ({error}).") from error
+
+
+def _namer(group: str) -> Callable[[str], str]:
+    if group == "tensor":
+        return lambda name: name
+    if group == "model":
+        return lambda name: "model"
+    if group == "block":
+        return _block_of
+    pattern = _compile(group, "space.group")
+
+    def name_of(name: str) -> str:
+        match = pattern.search(name)
+        if match is None:
+            return "rest"
+        return (match.group(1) if pattern.groups else match.group(0)) or "rest"
+
+    return name_of
+
+
+def _block_of(name: str) -> str:
+    parts = name.split(".")
+    for index, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join(parts[: index + 1])
+    return ".".join(parts[:-1]) or name

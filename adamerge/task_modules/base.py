@@ -1,0 +1,39 @@
+from abc import ABC
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from adamerge.modules import Learnable
+from adamerge.recorded import Recorded
+from adamerge.types import TaskInfo
+
+
+class TaskModule(Recorded, Learnable, ABC):
+    """forward: features [B, D] -> [B, D] or logits [B, C], for one task, in fp32.
+
+    Identity at the start where it claims so.
+
+    Args:
+        task: What may be known of the task.
+
+    Attributes:
+        axes: As in `MergeRule.axes`; usually empty, since there is one module per task and it is saved under the task's
+            name.
+    """
+
+    given: ClassVar[int] = 1
+    axes: ClassVar[Mapping[str, tuple[str | None, ...]]] = {}
+
+    def __init__(self, task: TaskInfo) -> None:
+        super().__init__()
+        self.task = task.name
+
+    def attach(self, net: nn.Module) -> AbstractContextManager[None]:
+        """Change the network itself for the length of a block that spans forward and backward. Default: nothing."""
+        return nullcontext()
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map features, [B, D] to [B, D] or [B, C]. Default: identity."""
+        return features

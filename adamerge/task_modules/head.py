@@ -1,0 +1,45 @@
+from pathlib import Path
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adamerge.checkpoints import open_state
+from adamerge.task_modules.base import TaskModule
+from adamerge.types import InputError, TaskInfo, some
+
+
+class LinearHead(TaskModule):
+    """A linear classifier read from a checkpoint, frozen unless asked otherwise: features [B, D] -> logits [B, C].
+
+    Args:
+        task: The task; its expert's checkpoint is the default place to look.
+        prefix: The head's tensors are `{prefix}weight` [C, D] and, if it has one, `{prefix}bias` [C].
+        path: Another checkpoint that holds it.
+        trainable: Train it along with the merge.
+
+    Raises:
+        InputError: No such tensors, or another number of classes than the task has.
+    """
+
+    def __init__(
+        self, task: TaskInfo, *, prefix: str = "head.", path: str | Path | None = None, trainable: bool = False
+    ) -> None:
+        super().__init__(task)
+        state = open_state(path) if path is not None else task.expert
+        where = path or getattr(state, "source", "its expert")
+        if state is None or f"{prefix}weight" not in state:
+            held = some(name for name in state or () if name.endswith("weight"))
+            raise InputError(
+                f"Task '{task.name}' has no head '{prefix}weight' in {where}; it holds the weights {held}."
+            )
+        weight_CD = state[f"{prefix}weight"].float()
+        if task.num_classes not in (None, weight_CD.shape[0]):
+            raise InputError(
+                f"Task '{task.name}' has {task.num_classes} classes, its head in {where} {weight_CD.shape[0]}."
+            )
+        self.weight = nn.Parameter(weight_CD.clone(), requires_grad=trainable)
+        has_bias = f"{prefix}bias" in state
+        self.bias = nn.Parameter(state[f"{prefix}bias"].float().clone(), requires_grad=trainable) if has_bias else None
+
+    def forward(self, features: Tensor) -> Tensor:
+        return F.linear(features, self.weight, self.bias)

@@ -1,0 +1,322 @@
+"""From a recipe, data and a trainer's options to a learned merge, on one process or many."""
+
+import logging
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import lightning.pytorch as pl
+import yaml
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from rich.console import Console
+
+from adamerge import artifact
+from adamerge.callbacks import GracefulStop, SaveOnException
+from adamerge.data import UnlabeledTasks
+from adamerge.evaluation import Scores, baselines, evaluate
+from adamerge.files import atomic_file
+from adamerge.merged import MergedModel, MultiTaskModel
+from adamerge.module import AdaMerge, adam
+from adamerge.recipe import Opened, Recipe
+from adamerge.recorded import spec
+from adamerge.report import duration, gigabytes, score_table
+from adamerge.types import InputError
+
+log = logging.getLogger("adamerge")
+_Result = TypeVar("_Result")
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    **{"max_steps": 500, "max_epochs": -1, "log_every_n_steps": 10, "num_sanity_val_steps": 0},
+    **{"val_check_interval": 100, "check_val_every_n_epoch": None, "enable_model_summary": False},
+}
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where a run goes and what it does beside training.
+
+    Args:
+        root: Folder of all runs.
+        name: Folder of this run's kin under the root; each run has its own, named by its time, below.
+        dir: Exactly this directory instead; it must not exist yet.
+        baselines: Score the base, the average, task arithmetic, TIES and the experts first.
+        checkpoint_every: Optimiser steps between checkpoints to resume from.
+    """
+
+    root: str = "runs"
+    name: str = "merge"
+    dir: str | None = None
+    baselines: bool = True
+    checkpoint_every: int = 100
+
+
+@dataclass
+class Run:
+    """What a run gives back.
+
+    Attributes:
+        dir: Its directory.
+        scores: Accuracy in [0, 1] per row of the table and task; the last row is this merge.
+        merge: The merged model, dense, ready for inference: merge(batch, task="svhn").
+        learned: The model as it was trained, with its rule and task vectors.
+    """
+
+    dir: Path
+    scores: dict[str, Scores]
+    merge: MultiTaskModel
+    learned: MergedModel
+
+    def __str__(self) -> str:
+        return f"{score_table(self.scores)}\nRun directory: {self.dir}"
+
+
+@dataclass
+class Job:
+    """All that one run is asked to do."""
+
+    recipe: Recipe
+    data: UnlabeledTasks
+    trainer: dict[str, Any] = field(default_factory=dict)
+    run: RunOptions = field(default_factory=RunOptions)
+    ckpt_path: str | None = None
+    seed_everything: int = 0
+    config: str | None = None  # the resolved configuration, as text
+
+
+def train(
+    config: str | Path | Sequence[str | Path] | Mapping[str, Any] | Recipe,
+    data: UnlabeledTasks | None = None,
+    /,
+    **overrides: Any,
+) -> Run:
+    """Learn a merge.
+
+    Args:
+        config: A YAML file, several to be stacked, a mapping of the same layout, or a `Recipe`.
+        data: With a `Recipe`, the data.
+        **overrides: On top of a configuration: `trainer={"max_steps": 10}`, or dotted keys `**{"trainer.max_steps":
+            10}`. With a `Recipe`: `trainer` (options of Lightning's Trainer), `run` (`RunOptions`), `ckpt_path`,
+            `seed_everything`.
+
+    Raises:
+        InputError: Anything in the configuration, sources or data that does not fit, before training; or a loss that is
+            not finite.
+    """
+    if isinstance(config, Recipe):
+        if data is None:
+            raise InputError("With a Recipe, train() needs data: train(recipe, UnlabeledTasks(…)).")
+        return execute(Job(config, data, **overrides))
+    from adamerge.cli import parse
+
+    return execute(parse(config, overrides))
+
+
+def execute(job: Job) -> Run:
+    """Run a job: launch the processes, check everything, score the baselines, train, score, save."""
+    pl.seed_everything(job.seed_everything, verbose=False)
+    trainer = _make_trainer(job)
+    _launch(trainer)
+    if not trainer.is_global_zero:
+        log.setLevel(logging.ERROR)
+    device = trainer.strategy.root_device
+    checkpoint = _checkpoint_path(job.ckpt_path)
+    opened = _open(trainer, job)
+    opened.leave_out_unreachable({task: job.data.stream()[0][task] for task in job.data.tasks})
+    raw = opened.load_vectors()
+    model = opened.merged(raw).to(device)
+    module = AdaMerge(
+        model,
+        objectives=job.recipe.objectives,
+        loop=job.recipe.loop,
+        optimizer=job.recipe.optimizer or adam,
+        lr_scheduler=job.recipe.lr_scheduler,
+        num_classes=job.data.num_classes,
+    )
+    job.data.labels = "labels" in module.needs
+    record = _once(trainer, lambda: opened.record(model))
+    about = {
+        "seed": job.seed_everything,
+        "split": job.data.split,
+        "data": spec(job.data),
+        "objectives": spec(job.recipe.objectives),
+    }
+    folder = _once(trainer, lambda: _make_folder(job))
+    _say_plan(job, opened, model, trainer, folder)
+
+    def scored(candidate: MultiTaskModel, tasks: Sequence[str]) -> Scores:
+        loaders = job.data.eval_loaders(trainer.global_rank, trainer.world_size)
+        return evaluate(candidate, {task: loaders[task] for task in tasks}, job.data.num_classes, device)
+
+    scores: dict[str, Scores] = {}
+    if job.run.baselines and not trainer.fast_dev_run:
+        with Console(stderr=True).status("Scoring the baselines …"):
+            scores = {name: scored(candidate, tasks) for name, candidate, tasks in baselines(model, raw)}
+    del raw
+    _add_to_run(trainer, job, folder, lambda: artifact.save(folder / "merge", model, record, about))
+    _fit(trainer, module, job.data, checkpoint)
+    scores["this merge"] = scored(model.to(device), tuple(job.data.tasks))
+    about["scores"] = scores
+    _once(trainer, lambda: artifact.save(folder / "merge", model, record, about))
+    return Run(folder, scores, model.folded(), model)
+
+
+def _open(trainer: pl.Trainer, job: Job) -> Opened:
+    """Rank 0 checks the sources first, alone: it hashes, builds demos, and its error ends every rank."""
+    mine = []
+    _once(trainer, lambda: mine.append(job.recipe.open(job.data.num_classes)))  # what stays here cannot travel
+    return mine[0] if mine else job.recipe.open(job.data.num_classes)
+
+
+def _make_trainer(job: Job) -> pl.Trainer:
+    options = {**TRAINER_DEFAULTS, **job.trainer}
+    show = options.pop("enable_progress_bar", None)
+    bar = Console().is_terminal if show is None else show
+    given = (
+        [options["callbacks"]]
+        if isinstance(options.get("callbacks"), Callback)
+        else list(options.get("callbacks") or ())
+    )
+    options["callbacks"] = [*given, *([RichProgressBar()] if bar else ())]
+    trainer = pl.Trainer(
+        **{**options, "enable_progress_bar": bar, "use_distributed_sampler": False, "enable_checkpointing": False}
+    )
+    if isinstance(trainer.precision_plugin, MixedPrecision) and trainer.precision_plugin.scaler is not None:
+        raise InputError(
+            "`trainer.precision: 16-mixed` would not scale the losses inside a merging step, and small gradients would "
+            "vanish. Use bf16-mixed, or 32."
+        )
+    if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+        raise InputError(f"`trainer.strategy` {type(trainer.strategy).__name__} is not supported; use auto or ddp.")
+    return trainer
+
+
+def _launch(trainer: pl.Trainer) -> None:
+    """Start the other processes and the process group now, for checks and baselines; `fit` finds them running."""
+    launcher = trainer.strategy.launcher
+    if launcher is not None and not isinstance(launcher, _SubprocessScriptLauncher):
+        raise InputError(
+            "Several devices need a process each: run `python -m adamerge.fit`, or set `trainer.devices` to 1 here."
+        )
+    if launcher is not None:
+        launcher.launch(lambda: None, trainer=trainer)
+    trainer.strategy.setup_environment()
+
+
+def _once(trainer: pl.Trainer, work: Callable[[], _Result]) -> _Result:
+    """Do something on rank 0; all ranks get its result, or its error."""
+    outcome: tuple[Any, BaseException | None] = (None, None)
+    if trainer.is_global_zero:
+        try:
+            outcome = (work(), None)
+        except Exception as error:
+            outcome = (None, error)
+    result, failure = trainer.strategy.broadcast(outcome)
+    if failure is not None:
+        raise failure
+    return result
+
+
+def _checkpoint_path(path: str | None) -> str | None:
+    if path is None:
+        return None
+    file = Path(path).expanduser()
+    file = file / "checkpoints" / "last.ckpt" if file.is_dir() else file
+    if not file.is_file():
+        raise InputError(
+            f"`ckpt_path` is '{path}', but there is no checkpoint at {file}; name a .ckpt file or a run's directory."
+        )
+    return str(file)
+
+
+def _make_folder(job: Job) -> Path:
+    if job.run.dir is not None:
+        folder = Path(job.run.dir).expanduser()
+        if folder.exists():
+            raise InputError(
+                f"`run.dir` {folder} exists already and is not overwritten: choose another, or leave it out."
+            )
+        folder.mkdir(parents=True)
+    else:
+        stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+        home = Path(job.run.root).expanduser() / job.run.name
+        home.mkdir(parents=True, exist_ok=True)
+        for number in range(1, 1000):
+            folder = home / (stamp if number == 1 else f"{stamp}-{number}")
+            try:
+                folder.mkdir()
+                break
+            except FileExistsError:
+                continue
+    with atomic_file(folder / "config.yaml") as new:
+        new.write_text(
+            job.config or yaml.safe_dump({"model": spec(job.recipe), "data": spec(job.data), "trainer": job.trainer})
+        )
+    return folder.resolve()
+
+
+def _add_to_run(trainer: pl.Trainer, job: Job, folder: Path, save_merge: Callable[[], None]) -> None:
+    """Loggers, checkpoints and the careful stop, now that the directory is known."""
+    if trainer.fast_dev_run:
+        return
+    asked = job.trainer.get("logger")
+    others = (
+        [asked]
+        if isinstance(asked, Logger)
+        else [each for each in asked or () if isinstance(each, Logger)]
+        if asked is not True
+        else []
+    )
+    trainer.loggers = [
+        CSVLogger(folder, name="", version="", flush_logs_every_n_steps=trainer.log_every_n_steps),
+        *others,
+    ]
+    trainer.callbacks += [GracefulStop(), SaveOnException(folder, save_merge)]
+    if not any(isinstance(callback, ModelCheckpoint) for callback in trainer.callbacks):
+        every = job.run.checkpoint_every
+        trainer.callbacks.append(
+            ModelCheckpoint(folder / "checkpoints", save_last=True, save_top_k=0, every_n_train_steps=every)
+        )
+
+
+def _fit(trainer: pl.Trainer, module: AdaMerge, data: UnlabeledTasks, checkpoint: str | None) -> None:
+    stop = next((callback for callback in trainer.callbacks if isinstance(callback, GracefulStop)), None)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    except SIGTERMException:
+        if stop is not None and stop.received == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        raise SystemExit(128 + signal.SIGTERM) from None
+
+
+def _say_plan(job: Job, opened: Opened, model: MergedModel, trainer: pl.Trainer, folder: Path) -> None:
+    space, tasks = opened.space, model.tasks
+    size = sum(parameter.numel() for parameter in model.learnables().values())
+    vectors = sum(
+        model.vectors.deltas(name).dtype.itemsize * shape.numel() for name, shape in space.shapes.items()
+    ) * len(tasks)
+    one_model = 4 * space.num_elements
+    copies = 3 if model.apply_mode == "leaf" else 2
+    steps = trainer.max_steps if trainer.max_steps > 0 else 0
+    lines = {
+        "Tasks": f"{len(tasks)}: {', '.join(tasks)}",
+        "Merging": space.describe(),
+        "Learning": f"{size:,} numbers by {type(model.rule).__name__}, on split '{job.data.split}', "
+        f"{job.data.batch_size} samples per task and step on {trainer.world_size} rank{'s' * (trainer.world_size > 1)}",
+        "Memory": f"about {gigabytes(vectors + copies * one_model)} for base, merged weights and task vectors "
+        f"(placement: {job.recipe.vectors.placement}); activations beside",
+        "Time": f"about {duration(steps * len(tasks) * opened.seconds * 1.2)} for {steps} steps"
+        if steps
+        else "as long as the trainer says",
+        "Run": str(folder),
+    }
+    if job.data.split == job.data.eval_split:
+        log.warning("Adapting on the split '%s' that is also evaluated on: scores are transductive.", job.data.split)
+    log.info("%s", "\n".join(f"{name + ':':<10}{text}" for name, text in lines.items()))

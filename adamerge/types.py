@@ -1,0 +1,61 @@
+"""Words and aliases that every room shares.
+
+Shape legend, as suffix letters on tensors:
+T tasks · G groups of tensors · S one tensor's shape · N elements of one tensor, flattened · B batch · D features · C
+classes.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+Batch = Mapping[str, Any]  # one task's collated samples; "label" [B] only where labels are asked for
+
+
+class InputError(ValueError):
+    """What the user gave does not fit: says what, where and how to mend it. The command prints it as one paragraph."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """One part of an objective on one batch: divided only after both were summed over micro-batches and ranks."""
+
+    sum: Tensor  # [], nats unless the objective says otherwise
+    count: Tensor | int  # [], how many samples the sum holds; a filter may make it zero
+
+
+@dataclass(frozen=True)
+class TaskInfo:
+    """What a task module may know of its task."""
+
+    name: str
+    num_classes: int | None = None
+    expert: Mapping[str, Tensor] | None = None  # the expert's checkpoint, opened lazily
+
+
+@dataclass
+class TaskOutput:
+    """What the merged model says about one task's batch, in fp32."""
+
+    task: str
+    features_BD: Tensor
+    logits_BC: Tensor
+
+
+def some(names: Iterable[str]) -> str:
+    """The first three names and the count, for messages: «3 (first: a, b, c)»."""
+    names = list(names)
+    return f"{len(names)} ({'first: ' if len(names) > 3 else ''}{', '.join(names[:3])})"
+
+
+def raise_all(problems: Iterable[str], what: str) -> None:
+    """Raise one `InputError` that lists every problem; do nothing when there is none."""
+    problems = list(problems)
+    if len(problems) == 1:
+        raise InputError(problems[0])
+    if problems:
+        raise InputError(
+            f"{len(problems)} problems with {what}:\n" + "\n".join(f"  - {problem}" for problem in problems)
+        )
