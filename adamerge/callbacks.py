@@ -2,21 +2,25 @@
 
 import logging
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from adamerge.loops.tally import sum_over_ranks
 
 log = logging.getLogger("adamerge")
 
 
 class GracefulStop(pl.Callback):
-    """Ctrl-C and SIGTERM let the current step finish, on all ranks alike; a second Ctrl-C stops at once.
+    """Ctrl-C and SIGTERM let the current optimiser step finish, on all ranks alike; a second Ctrl-C stops at once.
 
-    Both take the way that Lightning keeps for SIGTERM: rank 0 is marked, and all ranks learn of it before the next
-    batch.
+    Several ranks agree at the logging interval, one rank looks after every step. SLURM's signals stay Lightning's.
 
     Attributes:
         received: The signal that ended training, if one did.
@@ -27,20 +31,29 @@ class GracefulStop(pl.Callback):
         self._handlers: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if isinstance(
-            trainer.strategy.cluster_environment if hasattr(trainer.strategy, "cluster_environment") else None,
-            SLURMEnvironment,
-        ):
-            return  # the scheduler's signals are Lightning's to answer
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        if isinstance(environment, SLURMEnvironment) or threading.current_thread() is not threading.main_thread():
+            return
 
         def stop(number: int, frame: Any) -> None:
             if self.received is not None and number == signal.SIGINT:
                 raise KeyboardInterrupt
             self.received = signal.Signals(number)
-            trainer._signal_connector.received_sigterm = True
 
         for each in (signal.SIGINT, signal.SIGTERM):
             self._handlers[each] = signal.signal(each, stop)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        if trainer.fit_loop._should_accumulate():
+            return
+        stop = self.received is not None
+        if trainer.world_size > 1:
+            if trainer.global_step % trainer.log_every_n_steps:
+                return
+            stop = bool(sum_over_ranks(torch.tensor(int(stop), device=pl_module.device)))
+        if stop:
+            self.received = self.received or signal.SIGTERM
+            raise SIGTERMException
 
     def _restore(self) -> None:
         for each, handler in self._handlers.items():
@@ -66,8 +79,12 @@ class SaveOnException(pl.Callback):
         self._folder, self._save_merge = folder, save_merge
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        if not trainer.is_global_zero or trainer.fast_dev_run:
-            return
+        if trainer.is_global_zero:
+            self._save(trainer)
+        if isinstance(exception, SIGTERMException):
+            trainer.strategy.barrier()  # all ranks came here together: none leaves before the save is done
+
+    def _save(self, trainer: pl.Trainer) -> None:
         checkpoint = self._folder / "checkpoints" / "last.ckpt"
         # no barrier: the other ranks may be anywhere
         trainer.strategy.save_checkpoint(trainer._checkpoint_connector.dump_checkpoint(weights_only=False), checkpoint)

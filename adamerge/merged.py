@@ -44,7 +44,7 @@ class MultiTaskModel(nn.Module):
             )
         chain = self.task_modules[self.tasks.index(task)]
         assert isinstance(chain, nn.ModuleList)
-        return list(chain)
+        return [module for module in chain if isinstance(module, TaskModule)]
 
     @contextmanager
     def attached(self, task: str | None) -> Iterator[None]:
@@ -146,7 +146,7 @@ class _Handed(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, scale: Tensor) -> Any:
         return None, None, *[gradient * scale.to(gradient.dtype) for gradient in ctx.gradients]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from adamerge.learnables import labels_of, learnables_of, load_state, state_of
+from adamerge.learnables import labels_of, load_state, state_of
 from adamerge.merged import MergedModel
 from adamerge.types import InputError
 
@@ -14,14 +14,11 @@ log = logging.getLogger("adamerge")
 
 
 def training_state(model: MergedModel, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
-    """Learnables and the names they belong to, the sources' fingerprint, gradients of an unfinished accumulation."""
+    """Learnables and the names they belong to, the sources' fingerprint, the optimiser's settings."""
     return {
         "learnables": state_of(model),
         "labels": labels_of(model),
         "fingerprint": model.vectors.fingerprint(),
-        "accumulated": {
-            n: x.parameter.grad.cpu().clone() for n, x in learnables_of(model).items() if x.parameter.grad is not None
-        },
         "optimizer": [_plain(optimizer.defaults) for optimizer in optimizers],
     }
 
@@ -50,9 +47,6 @@ def restore(model: MergedModel, checkpoint: dict[str, Any]) -> None:
             "Put the old sources back, or start afresh without `--ckpt_path`."
         )
     load_state(model, state["learnables"], state["labels"], "`ckpt_path`")
-    for name, gradient in state["accumulated"].items():
-        learnable = learnables_of(model)[name].parameter
-        learnable.grad = gradient.to(learnable.device)
 
 
 def reconcile_optimizer(checkpoint: dict[str, Any], optimizer: Optimizer) -> None:

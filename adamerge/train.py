@@ -278,7 +278,7 @@ def _add_to_run(trainer: pl.Trainer, job: Job, folder: Path, save_merge: Callabl
         CSVLogger(folder, name="", version="", flush_logs_every_n_steps=trainer.log_every_n_steps),
         *others,
     ]
-    trainer.callbacks += [GracefulStop(), SaveOnException(folder, save_merge)]
+    trainer.callbacks += [SaveOnException(folder, save_merge), GracefulStop()]  # handlers stay until the save is done
     if not any(isinstance(callback, ModelCheckpoint) for callback in trainer.callbacks):
         every = job.run.checkpoint_every
         trainer.callbacks.append(
