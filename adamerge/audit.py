@@ -10,7 +10,7 @@ from torch import Tensor
 from adamerge.checkpoints import State
 from adamerge.deltas import Deltas
 from adamerge.space import ParamSpace
-from adamerge.types import some
+from adamerge.types import raise_all, some
 
 
 def header_problems(space: ParamSpace, base: State, experts: Mapping[str, State]) -> Iterator[str]:
@@ -79,8 +79,15 @@ class ValueAudit:
                 self._not_finite.setdefault(f"Expert '{task}'", []).append(name)
         self._equal = {(i, j) for i, j in self._equal if norms[i] == norms[j] and torch.equal(vectors[i], vectors[j])}
 
-    def problems(self) -> Iterator[str]:
-        """One sentence each, after the last tensor."""
+    def finish(self) -> None:
+        """After the last tensor.
+
+        Raises:
+            InputError: Everything that was found.
+        """
+        raise_all(self._problems(), "the checkpoints")
+
+    def _problems(self) -> Iterator[str]:
         for who, names in self._not_finite.items():
             yield f"{who} holds NaN or Inf in {some(names)} tensors; this checkpoint is broken, take an earlier one."
         same = [task for task, changed in self._changed.items() if not changed]

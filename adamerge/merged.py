@@ -1,12 +1,13 @@
 """The merged model: weights made by a rule, run inside a network that holds none of its own."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from adamerge.backbones import Backbone
 from adamerge.modules import FrozenStore, parameter_sites, swapped
@@ -114,6 +115,19 @@ class _Skeleton(FrozenStore):
         return super()._apply(fn, recurse)
 
 
+def _leaf(value: Any) -> Any:
+    """A tensor cut from its graph, to collect its gradient; other values pass."""
+    return value.detach().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
+
+
+def _pull_back(roots: Iterable[Any], leaves: Iterable[Any]) -> None:
+    """Send the leaves' gradients backward through the tensors they were cut from."""
+    reached = [
+        (root, leaf.grad) for root, leaf in zip(roots, leaves, strict=True) if getattr(leaf, "grad", None) is not None
+    ]
+    torch.autograd.backward([root for root, _ in reached], [grad for _, grad in reached])
+
+
 class Step:
     """One optimiser step through the model: run forwards, hand each loss to `backward`, return `scalar` at the end."""
 
@@ -197,7 +211,9 @@ class MergedModel(MultiTaskModel):
 
     def weights(self) -> dict[str, Tensor]:
         """Merged tensors by canonical name, in the model's device and dtype, differentiable in the learnables."""
-        shared = self.rule.begin()
+        return self._weights(self.rule.begin())
+
+    def _weights(self, shared: Any) -> dict[str, Tensor]:
         return {name: self._make(name, shared) for name in self.vectors.space.shapes}
 
     def _make(self, name: str, shared: Any) -> Tensor:
@@ -252,16 +268,18 @@ class MergedModel(MultiTaskModel):
         step = Step(learnables, self._skeleton.device, self.apply_mode == "swap")
         sites = parameter_sites(self)
         with swapped({name: sites[name] for name in leaves}, leaves):
-            made = self.weights()
-            entering = made
-            if self.apply_mode == "leaf":
-                entering = {name: weight.detach().requires_grad_(weight.requires_grad) for name, weight in made.items()}
+            # A cut before the merge as well: reentrant checkpointing walks each tensor's graph on its own, and would find what
+            # the tensors share freed after the first.
+            begun, tree = tree_flatten(self.rule.begin())
+            shared = [_leaf(value) for value in begun]
+            made = self._weights(tree_unflatten(shared, tree))
+            entering = {name: _leaf(weight) for name, weight in made.items()} if self.apply_mode == "leaf" else made
             with self._placed(entering):
                 yield step
                 step._flush()
             if self.apply_mode == "leaf":
-                reached = [name for name in made if entering[name].grad is not None]
-                torch.autograd.backward([made[name] for name in reached], [entering[name].grad for name in reached])
+                _pull_back(made.values(), entering.values())
+            _pull_back(begun, shared)
         step.gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves.values()]
 
     @torch.no_grad()

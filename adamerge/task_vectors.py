@@ -34,6 +34,13 @@ class TauMap(Protocol):
     def __call__(self, name: str, deltas: Deltas, generators: Sequence[torch.Generator]) -> Deltas: ...
 
 
+class Observer(Protocol):
+    """Looks at each tensor that `stored` reads; `finish` may raise, and then nothing is kept."""
+
+    def __call__(self, name: str, base: Tensor, deltas: Deltas) -> None: ...
+    def finish(self) -> None: ...
+
+
 class TaskVectors(FrozenStore):
     """theta_0 and tau_t = theta_t - theta_0 for every merged tensor.
 
@@ -84,9 +91,7 @@ class TaskVectors(FrozenStore):
         base, experts = open_state(base), {task: open_state(source) for task, source in experts.items()}
         raise_all(header_problems(space, base, experts), "the checkpoints")
         audit = ValueAudit(tuple(experts))
-        vectors = TaskVectors.open(space, base, experts).stored(dtype=dtype, placement=placement, observe=audit)
-        raise_all(audit.problems(), "the checkpoints")
-        return vectors
+        return TaskVectors.open(space, base, experts).stored(dtype=dtype, placement=placement, observe=audit)
 
     def transformed(self, transforms: Sequence[TauMap], *, seed: int = 0) -> "TaskVectors":
         """The vectors seen through transforms, applied in turn, tensor by tensor, whenever asked for.
@@ -106,7 +111,7 @@ class TaskVectors(FrozenStore):
         *,
         dtype: torch.dtype | None = None,
         placement: Placement = "device",
-        observe: Callable[[str, Tensor, Deltas], None] | None = None,
+        observe: Observer | None = None,
     ) -> "TaskVectors":
         """Read every tensor once and keep it.
 
@@ -114,7 +119,7 @@ class TaskVectors(FrozenStore):
             dtype: Storage of the task vectors; by default what they come in.
             placement: `device` follows the model, `cpu` stays in memory, `mmap` stays on disk (in the cache folder,
                 where equal vectors are found again; vectors without files go to a temporary folder).
-            observe: Called with each (name, base, deltas) that is read.
+            observe: Called with each tensor that is read, and once after the last.
         """
         return _StoredVectors(self, dtype, placement, observe)
 
@@ -177,7 +182,7 @@ class _StoredVectors(TaskVectors):
         vectors: TaskVectors,
         dtype: torch.dtype | None,
         placement: Placement,
-        observe: Callable[[str, Tensor, Deltas], None] | None,
+        observe: Observer | None,
     ) -> None:
         super().__init__(vectors.space, vectors.tasks)
         self._placement, self._fingerprint = placement, vectors.fingerprint()
@@ -194,18 +199,26 @@ class _StoredVectors(TaskVectors):
             )
 
         if placement == "mmap":
-            self._map(read, vectors.base, dtype)
+            self._map(read, observe, vectors.base, dtype)
         else:
             self._deltas = {name: read(name) for name in self.space.shapes}
+            if observe is not None:
+                observe.finish()
 
     def _map(
-        self, read: Callable[[str], DenseDeltas], base: Callable[[str], Tensor], dtype: torch.dtype | None
+        self,
+        read: Callable[[str], DenseDeltas],
+        observe: Observer | None,
+        base: Callable[[str], Tensor],
+        dtype: torch.dtype | None,
     ) -> None:
         """One safetensors file per tensor, so that writing never holds more than one tensor's vectors."""
 
         def build(folder: Path) -> None:
             for index, name in enumerate(self.space.shapes):
                 save_file({"delta": read(name).stacked.contiguous()}, folder / f"{index:05d}.safetensors")
+            if observe is not None:
+                observe.finish()
 
         if self._fingerprint is None:
             folder = Path(tempfile.mkdtemp(prefix="adamerge-vectors-"))

@@ -58,8 +58,9 @@ class Joint(Loop):
         tally = Tally()
         with module.model.step() as step:
             if self._concatenates(module):
-                for out in _answers(module.model, batches):
-                    step.backward(tally.loss(out.task, module.terms(out, batches[out.task])))
+                outs = _answers(module.model, batches)
+                losses = [tally.loss(out.task, module.terms(out, batches[out.task])) for out in outs]
+                step.backward(torch.stack(losses).sum())
             else:
                 for task, batch in batches.items():
                     with module.model.attached(task):
