@@ -78,28 +78,23 @@ def test_activations_that_save_tensors_survive_checkpointing(activation, way, ch
     assert_same(found, plain, **TIGHT)
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_swapping_out_before_backward_would_be_wrong(reentrant):
-    """Why the weights stay in place until after backward: checkpointing would recompute with other weights."""
+def test_swapping_out_before_backward_would_be_silently_wrong():
+    """Why the weights stay in place until after backward: reentrant checkpointing runs the forward again with what stands there."""
 
-    def gradient(outside):
+    def gradient(restored):
         torch.manual_seed(0)
-        net = Net(reentrant).eval()
-        weights = {name: (p.detach() + 0.3).requires_grad_() for name, p in net.named_parameters()}
+        net = Net(checkpointing=True).eval()
+        weights = {name: (p.detach() + 0.5).requires_grad_() for name, p in net.named_parameters()}
         inputs = torch.randn(4, 5, generator=torch.Generator().manual_seed(1))
         loss = functional_call(net, weights, (inputs,)).square().sum()
-        if not outside:
-            with torch.no_grad():
-                for name, p in net.named_parameters():
-                    p.copy_(weights[name])
+        if not restored:
+            for name, p in net.named_parameters():
+                p.data = weights[name].detach()
         loss.backward()
         return weights["stem.weight"].grad
 
-    try:
-        wrong = gradient(outside=True)
-    except RuntimeError:  # torch itself noticed
-        return
-    assert wrong is None or not torch.allclose(wrong, gradient(outside=False), rtol=0.01) or not reentrant
+    wrong, right = gradient(restored=True), gradient(restored=False)
+    assert (wrong - right).norm() / right.norm() > 0.05
 
 
 @pytest.mark.parametrize("size", [1, 3, 4])
@@ -149,9 +144,7 @@ def test_tied_weights_are_one_and_get_both_gradients():
     net = model.materialize()
     assert net.outer.weight is net.inner.weight
     assert_same(gradients(model), gradients(merged_of(TiedNet, apply_mode="swap")), rtol=1e-5, atol=1e-7)
-    untied = merged_of(TiedNet, dtype=torch.float64)
-    plain = untied.applied()
-    with plain as placed:
+    with merged_of(TiedNet).applied() as placed:
         assert placed.outer.weight is placed.inner.weight
 
 
@@ -161,7 +154,6 @@ def test_nothing_frozen_is_changed_or_seen():
     assert not list(model.buffers())
     assert set(model.state_dict()) == {name for name, _ in model.named_parameters()}
     model.train()
-    before = {n: b.clone() for n, b in model.bare_net_buffers()} if hasattr(model, "bare_net_buffers") else None
     with model.applied() as net:
         before = {name: buffer.clone() for name, buffer in net.named_buffers()}
     gradients(model)
