@@ -16,13 +16,13 @@ _HOME = {
     "MultiTaskModel": "adamerge.merged",
     "Objective": "adamerge.objectives",
     "ParamSpace": "adamerge.space",
-    "Run": "adamerge.train",
+    "Run": "adamerge.training",
     "TaskVectors": "adamerge.task_vectors",
     "Transform": "adamerge.transforms",
     "UnlabeledTasks": "adamerge.data",
     "load": "adamerge.artifact",
     "open_state": "adamerge.checkpoints",
-    "train": "adamerge.train",
+    "train": "adamerge.training",
 }
 
 __all__ = sorted(_HOME)

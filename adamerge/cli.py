@@ -2,7 +2,6 @@
 
 import logging
 import sys
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from adamerge.data import UnlabeledTasks
 from adamerge.recipe import Recipe
-from adamerge.train import TRAINER_DEFAULTS, Job, Run, RunOptions, execute
+from adamerge.training import TRAINER_DEFAULTS, Job, Run, RunOptions, execute
 from adamerge.types import InputError
 
 log = logging.getLogger("adamerge")
@@ -83,7 +82,6 @@ def main(command: Callable[[], Any] = fit) -> int:
     log.setLevel(logging.INFO)
     for noisy in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="lightning")
     try:
         log.info("%s", command())
     except InputError as error:

@@ -1,6 +1,6 @@
 """Scores of a model on labelled data, and of the baselines every merge is shown beside."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
@@ -47,6 +47,7 @@ def evaluate(
     loaders: Mapping[str, DataLoader[Batch]],
     num_classes: Mapping[str, int],
     device: torch.device,
+    convert: Callable[[Batch], Batch] = lambda batch: batch,
 ) -> Scores:
     """Accuracy per task over all ranks' shares, each sample once.
 
@@ -55,20 +56,18 @@ def evaluate(
         loaders: Per task this rank's share of the labelled samples.
         num_classes: C per task.
         device: Where the model is.
+        convert: Brings a batch into the model's precision.
     """
     model.eval()
+    scores = {}
     with model.applied() if isinstance(model, MergedModel) else nullcontext():
-        return {
-            task: _accuracy(model, task, loader, confusion(num_classes[task]).to(device))
-            for task, loader in loaders.items()
-        }
-
-
-def _accuracy(model: MultiTaskModel, task: str, loader: DataLoader[Batch], metric: MulticlassConfusionMatrix) -> float:
-    for batch in loader:
-        batch = move_data_to_device(batch, metric.device)
-        metric.update(model(batch, task=task), batch["label"])
-    return score(task, metric.compute())[0]
+        for task, loader in loaders.items():
+            metric = confusion(num_classes[task]).to(device)
+            for batch in loader:
+                batch = convert(move_data_to_device(batch, device))
+                metric.update(model(batch, task=task), batch["label"])
+            scores[task] = score(task, metric.compute())[0]
+    return scores
 
 
 def baselines(model: MergedModel, raw: TaskVectors) -> Iterator[tuple[str, MergedModel, tuple[str, ...]]]:

@@ -122,9 +122,8 @@ def _leaf(value: Any) -> Any:
 
 def _pull_back(roots: Iterable[Any], leaves: Iterable[Any]) -> None:
     """Send the leaves' gradients backward through the tensors they were cut from."""
-    reached = [
-        (root, leaf.grad) for root, leaf in zip(roots, leaves, strict=True) if getattr(leaf, "grad", None) is not None
-    ]
+    pairs = zip(roots, leaves, strict=True)
+    reached = [(root, leaf.grad) for root, leaf in pairs if getattr(leaf, "grad", None) is not None]
     torch.autograd.backward([root for root, _ in reached], [grad for _, grad in reached])
 
 
@@ -268,8 +267,8 @@ class MergedModel(MultiTaskModel):
         step = Step(learnables, self._skeleton.device, self.apply_mode == "swap")
         sites = parameter_sites(self)
         with swapped({name: sites[name] for name in leaves}, leaves):
-            # A cut before the merge as well: reentrant checkpointing walks each tensor's graph on its own, and would find what
-            # the tensors share freed after the first.
+            # A cut before the merge as well: reentrant checkpointing walks each tensor's graph on its own, and would find
+            # what the tensors share freed after the first.
             begun, tree = tree_flatten(self.rule.begin())
             shared = [_leaf(value) for value in begun]
             made = self._weights(tree_unflatten(shared, tree))

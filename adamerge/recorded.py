@@ -3,6 +3,7 @@
 import functools
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
@@ -52,6 +53,8 @@ def spec(value: Any) -> Any:
         return str(value)
     if isinstance(value, Recorded):
         return {"class_path": _path(type(value)), "init_args": spec(value._arguments)}
+    if is_dataclass(value) and not isinstance(value, type):
+        return spec(vars(value))
     if isinstance(value, functools.partial):
         made = next(
             (part for part in value.args if isinstance(part, type)), value.func

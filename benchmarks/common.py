@@ -1,6 +1,8 @@
 """What the benchmarks share: how they time, and how they say what they measured."""
 
+import ctypes
 import logging
+import os
 import platform
 import time
 import warnings
@@ -30,7 +32,7 @@ def median_seconds(calls: Mapping[str, Callable[[], Any]], *, repeats: int = 7) 
 
 def show(title: str, settings: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print one table in Markdown, with the settings and the machine above it."""
-    machine = f"torch {torch.__version__}, {torch.get_num_threads()} threads, {_processor()}"
+    machine = f"torch {torch.__version__}, {torch.get_num_threads()} threads, {_processor()}{_company()}"
     table = Table(box=box.MARKDOWN, show_edge=True)
     table.add_column(columns[0])
     for column in columns[1:]:
@@ -40,6 +42,14 @@ def show(title: str, settings: str, columns: Sequence[str], rows: Sequence[Seque
     console = Console(width=200, highlight=False, color_system=None)
     console.print(f"{title}\n{settings}\n{machine}", markup=False)
     console.print(table)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc use freed memory again instead of handing it back; call it before anything large is made."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no allocation of its own pages
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def quiet() -> None:
@@ -53,3 +63,21 @@ def _processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _company() -> str:
+    """How busy other processes kept the machine since the start: small chunks on all threads suffer most from them."""
+    if _START is None:
+        return ""
+    wall, own, busy = (now - then for now, then in zip(_times(), _START, strict=True))
+    return f"; other processes took {max(0.0, busy - own) / wall / (os.cpu_count() or 1):.0%} of the machine meanwhile"
+
+
+def _times() -> tuple[float, float, float]:
+    """Seconds: the clock's, the CPU time of this process and its children, and that of everybody."""
+    ticks = [int(number) for number in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    busy = (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")  # all but idle and waiting for a disk
+    return time.perf_counter(), sum(os.times()[:4]), busy
+
+
+_START = _times() if Path("/proc/stat").exists() else None

@@ -1,13 +1,14 @@
 """Claim: the two products of dense task vectors run near the speed at which the machine copies the same vectors.
 
 `combine` reads [T, N] vectors and a base [N] and writes [N]; `inner` reads the vectors and a gradient [N]. Bandwidth is
-the bytes that must be read and written, over the time; a copy reads and writes the vectors once.
+the bytes that must be read and written, over the time; a copy reads and writes the vectors once. Freed memory is kept
+for the next call: what is timed are the products, not how fast the system hands out pages for their results.
 
     python benchmarks/products.py
 """
 
 import torch
-from common import median_seconds, show
+from common import keep_freed_memory, median_seconds, show
 
 from adamerge.deltas import DenseDeltas
 
@@ -35,6 +36,7 @@ def measure(num_tasks: int, dtype: torch.dtype) -> dict[str, float]:
 
 
 def main() -> None:
+    keep_freed_memory()
     torch.manual_seed(0)
     rows = []
     for label, dtype in DTYPES.items():

@@ -173,7 +173,7 @@ def main() -> None:
     show(
         "Step time of a layer-wise merge against a forward and backward of one model on the same batches",
         f"{size / 1e6:.1f} M parameters ({4 * size / 1e6:.0f} MB), {PATCHES + 1} tokens, T = {len(TASKS)}, {SAMPLES} "
-        f"samples per task, fp32, {len(setting.vectors.space.group_names)} groups; medians of 9 after a warm-up, in turns",
+        f"samples per task, fp32, {len(setting.vectors.space.group_names)} groups; medians of 9 after a warm-up",
         ["step", "seconds", "ratio to the best plain", f"at most {AIM}", "MB before", "MB added at the peak"],
         rows,
     )

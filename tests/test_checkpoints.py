@@ -219,7 +219,7 @@ def test_bad_source(make, tmp_path):
 
 @pytest.mark.parametrize("name", ["digits/nobody", "nowhere/base"])
 def test_unknown_demo(name):
-    with pytest.raises(InputError, match="The demo pool digits has no model|There is no demo pool"):
+    with pytest.raises(InputError, match=r"The demo pool digits has no model|There is no demo pool"):
         open_state(f"demo:{name}")
 
 
@@ -318,7 +318,7 @@ def test_checkpoints_may_use_either_name_of_a_tied_tensor():
 def test_an_untied_expert_of_a_tied_network_is_refused():
     pool = states(TiedNet)
     pool["b"]["outer.weight"] = pool["b"]["outer.weight"] + 1
-    with pytest.raises(InputError, match="network ties but that differ here: 1 .inner.weight and outer.weight"):
+    with pytest.raises(InputError, match=r"network ties but that differ here: 1 .inner.weight and outer.weight"):
         load(pool, TiedNet)
 
 

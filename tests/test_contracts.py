@@ -110,7 +110,7 @@ def test_rule_is_saved_and_loaded_by_name(make):
 @rules
 @pytest.mark.parametrize("net", [None, TiedNet], ids=["plain", "tied"])
 def test_leaf_swap_applied_and_materialised_agree(make, net):
-    """Gradients of all ways of applying the weights, in float64; the plain way is autograd straight through the merge."""
+    """Gradients of all ways of applying the weights, in float64; `applied` is autograd straight through it."""
     options = {"rule": make, "dtype": torch.float64, **({"net": net} if net else {})}
     batches = batches_of(dtype=torch.float64)
     gradients, outputs = {}, {}
@@ -174,10 +174,8 @@ def test_objective_adds_up_over_parts_of_a_batch(make):
         pytest.skip("looks at the batch as a whole")
     model, batch = merged_of(), batches_of()["a"]
     whole = objective(model_output(model, batch), batch)
-    parts = [
-        objective(model_output(model, half), half)
-        for half in ({k: v[:1] for k, v in batch.items()}, {k: v[1:] for k, v in batch.items()})
-    ]
+    halves = [{k: v[part] for k, v in batch.items()} for part in (slice(0, 1), slice(1, None))]
+    parts = [objective(model_output(model, half), half) for half in halves]
     for name, term in whole.items():
         assert term.sum.shape == ()
         torch.testing.assert_close(term.sum, sum(part[name].sum for part in parts))

@@ -79,7 +79,7 @@ def test_activations_that_save_tensors_survive_checkpointing(activation, way, ch
 
 
 def test_swapping_out_before_backward_would_be_silently_wrong():
-    """Why the weights stay in place until after backward: reentrant checkpointing runs the forward again with what stands there."""
+    """Why the weights stay in place until after backward: reentrant checkpointing runs the forward again."""
 
     def gradient(restored):
         torch.manual_seed(0)
@@ -251,7 +251,7 @@ def test_one_materialisation_and_one_pull_back_per_step(monkeypatch):
 def test_a_frozen_rule_costs_no_gradient_of_weights():
     model = merged_of(modules=[Shift], rule=TaskWise)
     model.rule.requires_grad_(False)
-    value, found = gradients(model)
+    _, found = gradients(model)
     assert set(found) == {f"task_modules.{i}.0.shift" for i in range(3)}
     assert all(gradient.any() for gradient in found.values())
 

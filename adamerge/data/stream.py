@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler, default_collate
+from torch.utils.data import Dataset, SequentialSampler, default_collate
 
 from adamerge.types import Batch
 
 
-class StepSampler(Sampler[int]):
+class StepSampler(SequentialSampler):
     """Counts training steps from where the run stands, without end; a run resumes at any k with any number of workers.
 
     Args:
@@ -23,6 +23,9 @@ class StepSampler(Sampler[int]):
 
     def __init__(self, start: Callable[[], int], *, cycle: int = 0) -> None:
         self._start, self._cycle = start, cycle
+
+    def __len__(self) -> int:
+        raise TypeError("The training stream has no end; `trainer.max_steps` says when to stop.")
 
     def __iter__(self) -> Iterator[int]:
         k = self._start()

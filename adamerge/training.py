@@ -2,6 +2,7 @@
 
 import logging
 import signal
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -12,7 +13,6 @@ import lightning.pytorch as pl
 import yaml
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger
-from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -37,6 +37,14 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     **{"max_steps": 500, "max_epochs": -1, "log_every_n_steps": 10, "num_sanity_val_steps": 0},
     **{"val_check_interval": 100, "check_val_every_n_epoch": None, "enable_model_summary": False},
 }
+
+_EXPECTED = (  # warnings of Lightning's about what is meant here
+    r"Found \d+ module\(s\) in eval mode",  # frozen parts stay in eval
+    r"Experiment logs directory .* exists and is not empty",  # metrics.csv joins config.yaml in the run's own directory
+    r".*does not have many workers",  # small tasks are held in memory
+    r"The dirpath has changed",  # a resumed run has a directory of its own
+    r"Be aware that when using `ckpt_path`",  # how often to checkpoint may change from run to run
+)
 
 
 @dataclass(frozen=True)
@@ -131,7 +139,7 @@ def execute(job: Job) -> Run:
     opened = _open(trainer, job)
     opened.leave_out_unreachable({task: job.data.stream()[0][task] for task in job.data.tasks})
     raw = opened.load_vectors()
-    model = opened.merged(raw).to(device)
+    model = trainer.precision_plugin.convert_module(opened.merged(raw)).to(device)
     module = AdaMerge(
         model,
         objectives=job.recipe.objectives,
@@ -153,7 +161,9 @@ def execute(job: Job) -> Run:
 
     def scored(candidate: MultiTaskModel, tasks: Sequence[str]) -> Scores:
         loaders = job.data.eval_loaders(trainer.global_rank, trainer.world_size)
-        return evaluate(candidate, {task: loaders[task] for task in tasks}, job.data.num_classes, device)
+        convert = trainer.precision_plugin.convert_input
+        with trainer.precision_plugin.forward_context():
+            return evaluate(candidate, {task: loaders[task] for task in tasks}, job.data.num_classes, device, convert)
 
     scores: dict[str, Scores] = {}
     if job.run.baselines and not trainer.fast_dev_run:
@@ -185,14 +195,20 @@ def _make_trainer(job: Job) -> pl.Trainer:
         else list(options.get("callbacks") or ())
     )
     options["callbacks"] = [*given, *([RichProgressBar()] if bar else ())]
-    trainer = pl.Trainer(
-        **{**options, "enable_progress_bar": bar, "use_distributed_sampler": False, "enable_checkpointing": False}
-    )
-    if isinstance(trainer.precision_plugin, MixedPrecision) and trainer.precision_plugin.scaler is not None:
+    if str(options.get("precision")) in ("16", "16-mixed"):
         raise InputError(
             "`trainer.precision: 16-mixed` would not scale the losses inside a merging step, and small gradients would "
             "vanish. Use bf16-mixed, or 32."
         )
+    trainer = pl.Trainer(
+        **{
+            **options,
+            "enable_progress_bar": bar,
+            "use_distributed_sampler": False,
+            "enable_checkpointing": False,
+            "logger": False,
+        }
+    )
     if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
         raise InputError(f"`trainer.strategy` {type(trainer.strategy).__name__} is not supported; use auto or ddp.")
     return trainer
@@ -289,7 +305,10 @@ def _add_to_run(trainer: pl.Trainer, job: Job, folder: Path, save_merge: Callabl
 def _fit(trainer: pl.Trainer, module: AdaMerge, data: UnlabeledTasks, checkpoint: str | None) -> None:
     stop = next((callback for callback in trainer.callbacks if isinstance(callback, GracefulStop)), None)
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        with warnings.catch_warnings():
+            for message in _EXPECTED:
+                warnings.filterwarnings("ignore", message)
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except SIGTERMException:
         if stop is not None and stop.received == signal.SIGINT:
             raise KeyboardInterrupt from None
