@@ -20,6 +20,7 @@ from adamerge.types import InputError, raise_all
 FORMAT = 1
 WEIGHTS, RECORD = "merge.safetensors", "merge.yaml"
 _MADE = ("backbone", "rule", "transforms", "task_modules")  # the parts of a record that name code
+_NEEDED = ("weights", "labels", "sources", "space", "vectors", "left_out", "num_classes")
 _IMPORTABLE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 _FILE = re.compile(r".*\.(safetensors|pt|pth|bin|ckpt)")
 
@@ -92,6 +93,11 @@ def read_record(path: str | Path) -> tuple[Path, dict[str, Any]]:
         raise InputError(f"'{path}' holds no saved merge: it needs {RECORD} and {WEIGHTS} ({error}).") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise InputError(f"{folder / RECORD} is not of format {FORMAT}, which this version of adamerge reads.")
+    missing = [key for key in (*_MADE, *_NEEDED) if key not in record]
+    if missing:
+        raise InputError(
+            f"{folder / RECORD} lacks {len(missing)} entries ({', '.join(missing[:3])}, …); it was cut short or edited."
+        )
     if weights != record["weights"]:
         raise InputError(f"{folder / WEIGHTS} is not the file that {RECORD} was written with; copy both again.")
     try:

@@ -6,7 +6,6 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassConfusionMatrix
@@ -64,7 +63,7 @@ def evaluate(
         for task, loader in loaders.items():
             metric = confusion(num_classes[task]).to(device)
             for batch in loader:
-                batch = convert(move_data_to_device(batch, device))
+                batch = convert({key: value.to(device) for key, value in batch.items()})
                 metric.update(model(batch, task=task), batch["label"])
             scores[task] = score(task, metric.compute())[0]
     return scores

@@ -267,8 +267,8 @@ class MergedModel(MultiTaskModel):
         step = Step(learnables, self._skeleton.device, self.apply_mode == "swap")
         sites = parameter_sites(self)
         with swapped({name: sites[name] for name in leaves}, leaves):
-            # A cut before the merge as well: reentrant checkpointing walks each tensor's graph on its own, and would find
-            # what the tensors share freed after the first.
+            # A cut before the merge as well: reentrant checkpointing walks each tensor's graph on its own, and
+            # would find what the tensors share freed after the first.
             begun, tree = tree_flatten(self.rule.begin())
             shared = [_leaf(value) for value in begun]
             made = self._weights(tree_unflatten(shared, tree))

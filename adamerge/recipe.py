@@ -1,13 +1,14 @@
 """What a merge is made from and learned with: the `model:` part of a configuration, and how it becomes a model."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from adamerge.audit import header_problems
 from adamerge.backbones import Backbone
@@ -84,8 +85,8 @@ class Recipe(Recorded):
         task_modules: Sequence[Callable[[TaskInfo], TaskModule]] = (),
         objectives: Sequence[Objective] | None = None,
         loop: Loop | None = None,
-        optimizer: OptimizerCallable | None = None,
-        lr_scheduler: LRSchedulerCallable | None = None,
+        optimizer: Callable[[Iterable[Tensor]], Optimizer] | None = None,
+        lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
         space: SpaceOptions | None = None,
         vectors: VectorOptions | None = None,
         apply_mode: ApplyMode = "leaf",
@@ -126,7 +127,7 @@ class Recipe(Recorded):
             chains[task] = [*(make(info) for make in self.task_modules), self.backbone.head(info)]
         return Opened(self, net, space, base, states, chains, num_classes)
 
-    def _open_states(self, states: dict[str, State]) -> Any:
+    def _open_states(self, states: dict[str, State]) -> Iterator[str]:
         for name, source in {"": self.base, **self.experts}.items():
             try:
                 states[name] = open_state(source)

@@ -4,7 +4,7 @@ import logging
 import signal
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,9 +20,11 @@ from rich.console import Console
 
 from adamerge import artifact
 from adamerge.callbacks import GracefulStop, SaveOnException
+from adamerge.config import parse
 from adamerge.data import UnlabeledTasks
 from adamerge.evaluation import Scores, baselines, evaluate
 from adamerge.files import atomic_file
+from adamerge.job import TRAINER_DEFAULTS, Job
 from adamerge.merged import MergedModel, MultiTaskModel
 from adamerge.module import AdaMerge, adam
 from adamerge.recipe import Opened, Recipe
@@ -33,11 +35,6 @@ from adamerge.types import InputError
 log = logging.getLogger("adamerge")
 _Result = TypeVar("_Result")
 
-TRAINER_DEFAULTS: dict[str, Any] = {
-    **{"max_steps": 500, "max_epochs": -1, "log_every_n_steps": 10, "num_sanity_val_steps": 0},
-    **{"val_check_interval": 100, "check_val_every_n_epoch": None, "enable_model_summary": False},
-}
-
 _EXPECTED = (  # warnings of Lightning's about what is meant here
     r"Found \d+ module\(s\) in eval mode",  # frozen parts stay in eval
     r"Experiment logs directory .* exists and is not empty",  # metrics.csv joins config.yaml in the run's own directory
@@ -45,25 +42,6 @@ _EXPECTED = (  # warnings of Lightning's about what is meant here
     r"The dirpath has changed",  # a resumed run has a directory of its own
     r"Be aware that when using `ckpt_path`",  # how often to checkpoint may change from run to run
 )
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """Where a run goes and what it does beside training.
-
-    Args:
-        root: Folder of all runs.
-        name: Folder of this run's kin under the root; each run has its own, named by its time, below.
-        dir: Exactly this directory instead; it must not exist yet.
-        baselines: Score the base, the average, task arithmetic, TIES and the experts first.
-        checkpoint_every: Optimiser steps between checkpoints to resume from.
-    """
-
-    root: str = "runs"
-    name: str = "merge"
-    dir: str | None = None
-    baselines: bool = True
-    checkpoint_every: int = 100
 
 
 @dataclass
@@ -84,19 +62,6 @@ class Run:
 
     def __str__(self) -> str:
         return f"{score_table(self.scores)}\nRun directory: {self.dir}"
-
-
-@dataclass
-class Job:
-    """All that one run is asked to do."""
-
-    recipe: Recipe
-    data: UnlabeledTasks
-    trainer: dict[str, Any] = field(default_factory=dict)
-    run: RunOptions = field(default_factory=RunOptions)
-    ckpt_path: str | None = None
-    seed_everything: int = 0
-    config: str | None = None  # the resolved configuration, as text
 
 
 def train(
@@ -122,8 +87,6 @@ def train(
         if data is None:
             raise InputError("With a Recipe, train() needs data: train(recipe, UnlabeledTasks(…)).")
         return execute(Job(config, data, **overrides))
-    from adamerge.cli import parse
-
     return execute(parse(config, overrides))
 
 

@@ -1,6 +1,7 @@
 """What the benchmarks share: how they time, and how they say what they measured."""
 
 import ctypes
+import gc
 import logging
 import os
 import platform
@@ -28,6 +29,21 @@ def median_seconds(calls: Mapping[str, Callable[[], Any]], *, repeats: int = 7) 
             call()
             times[name].append(time.perf_counter() - start)
     return {name: median(each[1:]) for name, each in times.items()}
+
+
+def added_memory(call: Callable[[], Any], *, repeats: int = 3) -> int:
+    """Bytes that the peak of a few calls adds to what stood before them (Linux)."""
+
+    def resident(field: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+    gc.collect()
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    for _ in range(repeats):
+        call()
+    return resident("VmHWM") - before
 
 
 def show(title: str, settings: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

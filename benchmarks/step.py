@@ -1,24 +1,24 @@
 """Claim: a merging step costs at most 1.3 times a plain forward and backward of one model on the same batches.
 
-Both see T = 8 tasks with 16 samples each, in fp32, and are asserted to find the same coefficient gradient first. The
-memory columns are read in a process of its own per row: what stood before its first step (base, weights, task vectors)
-and how far three steps went above it.
+The plain step has its gradients in the weights and no optimiser; ours is the whole `Joint.step`, the backward of what
+it returns, and Adam on the coefficients. Both are asserted to find the same coefficient gradient first. Memory is what
+the peak of three steps adds to base, network and task vectors, in a process of its own per row.
 
     python benchmarks/step.py
 """
 
-import gc
 import os
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
+from typing import Literal
 
 import torch
-from common import median_seconds, show
+from common import added_memory, median_seconds, show
 from torch import Tensor, nn
 
 from adamerge.backbones import Module
+from adamerge.loops import Joint
 from adamerge.merged import ApplyMode, MergedModel
 from adamerge.module import AdaMerge, adam
 from adamerge.rules import LayerWise
@@ -29,7 +29,7 @@ from adamerge.types import TaskInfo
 
 TASKS, SAMPLES, CLASSES = [f"task{t}" for t in range(8)], 16, 10
 WIDTH, DEPTH, PATCHES, PIXELS = 384, 6, 16, 192  # 32 x 32 x 3 in patches of 8 x 8 x 3; a class token makes 17
-INIT, AIM = 0.3, 1.3
+INIT, AIM, REPEATS = 0.3, 1.3, 9
 
 
 class Encoder(nn.Module):
@@ -37,95 +37,64 @@ class Encoder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        options = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True}
         self.patch = nn.Linear(PIXELS, WIDTH)
-        self.first = nn.Parameter(0.02 * torch.randn(1, 1, WIDTH))
-        self.place = nn.Parameter(0.02 * torch.randn(1, PATCHES + 1, WIDTH))
-        self.blocks = nn.Sequential(*(_block() for _ in range(DEPTH)))
+        self.first, self.place = (nn.Parameter(0.02 * torch.randn(1, n, WIDTH)) for n in (1, PATCHES + 1))
+        self.blocks = nn.Sequential(*(nn.TransformerEncoderLayer(WIDTH, 6, 4 * WIDTH, **options) for _ in range(DEPTH)))
         self.norm = nn.LayerNorm(WIDTH)
 
-    def forward(self, image: Tensor) -> Tensor:
-        """Features of a batch of patched images."""
-        tokens = torch.cat([self.first.expand(len(image), -1, -1), self.patch(image)], 1)
+    def forward(self, patches: Tensor) -> Tensor:
+        """Features of a batch."""
+        tokens = torch.cat([self.first.expand(len(patches), -1, -1), self.patch(patches)], 1)
         return self.norm(self.blocks(tokens + self.place)[:, 0])
 
 
-def _block() -> nn.Module:
-    return nn.TransformerEncoderLayer(
-        WIDTH, 6, 4 * WIDTH, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-    )
-
-
 class Summed(AdaMerge):
-    """Without a trainer; left out are logging and the watch for non-finite values, T + 1 comparisons of scalars."""
+    """Needs no trainer. Left out are logging and the watch for non-finite values: T + 1 comparisons of scalars."""
 
     def report(self, values, penalties):
         return torch.stack([value for terms in values.values() for value in terms.values()]).sum()
 
 
-class Setting:
-    """One pool of random experts, and the four ways to step on it; all start at the merge with coefficients 0.3."""
+torch.manual_seed(0)
+BASE = Encoder().state_dict()
+EXPERTS = {task: {name: p + 0.01 * torch.randn_like(p) for name, p in BASE.items()} for task in TASKS}
+VECTORS = TaskVectors.load(ParamSpace.of(Encoder()), BASE, EXPERTS)
+EXPERTS.clear()
+HEADS = {task: LinearHead(TaskInfo(task, CLASSES, {"head.weight": torch.randn(CLASSES, WIDTH) / 8})) for task in TASKS}
+BATCHES = {task: {"input": torch.randn(SAMPLES, PATCHES, PIXELS)} for task in TASKS}
 
-    def __init__(self) -> None:
-        torch.manual_seed(0)
-        net = Encoder()
-        base = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-        experts = {task: {name: p + 0.01 * torch.randn_like(p) for name, p in base.items()} for task in TASKS}
-        heads = {task: {"head.weight": torch.randn(CLASSES, WIDTH) / 8} for task in TASKS}
-        self.vectors = TaskVectors.load(ParamSpace.of(net), base, experts)
-        self.chains = {task: [LinearHead(TaskInfo(task, CLASSES, heads[task]))] for task in TASKS}
-        self.heads = {task: chain[0].requires_grad_(False) for task, chain in self.chains.items()}
-        self.batches = {task: {"input": torch.randn(SAMPLES, PATCHES, PIXELS)} for task in TASKS}
 
-    def module(self, mode: ApplyMode) -> AdaMerge:
-        rule = LayerWise(self.vectors, init=INIT)
-        return Summed(MergedModel(Module(Encoder), Encoder(), self.vectors, rule, self.chains, apply_mode=mode).train())
+def module(mode: ApplyMode = "leaf", order: Literal["auto", "concatenated"] = "auto") -> AdaMerge:
+    chains = {task: [head] for task, head in HEADS.items()}
+    model = MergedModel(Module(Encoder), Encoder(), VECTORS, LayerWise(VECTORS, init=INIT), chains, apply_mode=mode)
+    return Summed(model.train(), loop=Joint(order=order))
 
-    def ours(self, mode: ApplyMode) -> Callable[[], None]:
-        module = self.module(mode)
-        optimizer = adam(module.model.learnables().values())
 
-        def step() -> None:
-            total = module.loop.step(module, self.batches)
-            optimizer.zero_grad()
-            total.backward()
-            optimizer.step()
+def ours(merge: AdaMerge) -> Callable[[], None]:
+    optimizer = adam(merge.model.learnables().values())
 
-        return step
+    def step() -> None:
+        total = merge.loop.step(merge, BATCHES)
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
 
-    def plain(self, concatenated: bool, net: nn.Module | None = None) -> Callable[[], None]:
-        net = net or self.module("leaf").model.materialize()
+    return step
 
-        def step() -> None:
-            net.zero_grad()
-            if concatenated:
-                parts = net(torch.cat([batch["input"] for batch in self.batches.values()])).split(SAMPLES)
-                sum(entropy(self.heads[task](part)) for task, part in zip(TASKS, parts, strict=True)).backward()
-            else:
-                for task, batch in self.batches.items():
-                    entropy(self.heads[task](net(batch["input"]))).backward()
 
-        return step
+def plain(net: nn.Module, *, concatenated: bool = False) -> Callable[[], None]:
+    def task_by_task() -> None:
+        net.zero_grad()
+        for task, batch in BATCHES.items():
+            entropy(HEADS[task](net(batch["input"]))).backward()
 
-    def ways(self) -> dict[str, Callable[[], Callable[[], None]]]:
-        return {
-            "plain, task by task": lambda: self.plain(False),
-            "plain, concatenated": lambda: self.plain(True),
-            "adamerge, leaf": lambda: self.ours("leaf"),
-            "adamerge, swap": lambda: self.ours("swap"),
-        }
+    def at_once() -> None:
+        net.zero_grad()
+        parts = net(torch.cat([batch["input"] for batch in BATCHES.values()])).split(SAMPLES)
+        sum(entropy(HEADS[task](part)) for task, part in zip(TASKS, parts, strict=True)).backward()
 
-    def check(self) -> int:
-        """Assert that ours and plain find one coefficient gradient; returns the model's size."""
-        module = self.module("leaf")
-        net, rule, space = module.model.materialize(), module.model.rule, self.vectors.space
-        module.loop.step(module, self.batches).backward()
-        self.plain(False, net)()
-        expected_TG = torch.zeros(len(TASKS), len(space.group_names), dtype=torch.float64)
-        for name, parameter in net.named_parameters():
-            delta_TN = self.vectors.deltas(name).dense().flatten(1).double()
-            expected_TG[:, space.group_of[name]] += delta_TN @ parameter.grad.flatten().double()
-        torch.testing.assert_close(rule.raw_TG.grad.double(), expected_TG, rtol=1e-3, atol=1e-6)
-        return space.num_elements
+    return at_once if concatenated else task_by_task
 
 
 def entropy(logits_BC: Tensor) -> Tensor:
@@ -133,51 +102,51 @@ def entropy(logits_BC: Tensor) -> Tensor:
     return -(log_p_BC.exp() * log_p_BC).sum(-1).mean()
 
 
-def resident(field: str) -> int:
-    """Bytes of this process: VmRSS now, VmHWM at its peak."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+WAYS = {
+    "plain, task by task": lambda: plain(module().model.materialize()),
+    "plain, concatenated": lambda: plain(module().model.materialize(), concatenated=True),
+    "adamerge, leaf": lambda: ours(module("leaf")),
+    "adamerge, leaf, concatenated": lambda: ours(module("leaf", "concatenated")),
+    "adamerge, swap": lambda: ours(module("swap")),
+}
 
 
-def memory(way: str) -> None:
-    """In a process of its own: print the bytes before three steps, and what their peak added."""
-    step = Setting().ways()[way]()
-    gc.collect()
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    for _ in range(3):
-        step()
-    print(before, resident("VmHWM") - before)
+def check(merge: AdaMerge) -> None:
+    """Assert that our coefficient gradient is the plain weight gradient contracted with the task vectors."""
+    net, space = merge.model.materialize(), VECTORS.space
+    plain(net)()
+    merge.loop.step(merge, BATCHES).backward()
+    expected_TG = torch.zeros(len(TASKS), len(space.group_names), dtype=torch.float64)
+    for name, parameter in net.named_parameters():
+        delta_TN = VECTORS.deltas(name).dense().flatten(1).double()
+        expected_TG[:, space.group_of[name]] += delta_TN @ parameter.grad.flatten().double()
+    torch.testing.assert_close(merge.model.rule.raw_TG.grad.double(), expected_TG, rtol=1e-3, atol=1e-6)
 
 
-def memory_of(way: str) -> list[int]:
-    environment = {
-        **os.environ,
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-    }  # what is freed goes back, so that it is not counted
-    command = [sys.executable, __file__, "--memory", way]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    return [int(number) for number in found.stdout.split()]
+def memory_of(way: str) -> int:
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back, and does not count
+    command = [sys.executable, __file__, way]
+    return int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
 
 
 def main() -> None:
-    setting = Setting()
-    size = setting.check()
-    seconds = median_seconds({name: make() for name, make in setting.ways().items()}, repeats=9)
+    for mode in ("leaf", "swap"):
+        check(module(mode))
+    seconds = median_seconds({name: make() for name, make in WAYS.items()}, repeats=REPEATS)
     best = min(time for name, time in seconds.items() if name.startswith("plain"))
-    rows = []
-    for name, time in seconds.items():
-        met = "" if name.startswith("plain") else "yes" if time / best <= AIM else "no"
-        before, added = (f"{number / 1e6:.0f}" for number in memory_of(name))
-        rows.append([name, f"{time:.3f}", f"{time / best:.2f}", met, before, added])
+    met = {name: "" if name.startswith("plain") else "yes" if s <= AIM * best else "no" for name, s in seconds.items()}
+    space = VECTORS.space
     show(
         "Step time of a layer-wise merge against a forward and backward of one model on the same batches",
-        f"{size / 1e6:.1f} M parameters ({4 * size / 1e6:.0f} MB), {PATCHES + 1} tokens, T = {len(TASKS)}, {SAMPLES} "
-        f"samples per task, fp32, {len(setting.vectors.space.group_names)} groups; medians of 9 after a warm-up",
-        ["step", "seconds", "ratio to the best plain", f"at most {AIM}", "MB before", "MB added at the peak"],
-        rows,
+        f"{space.num_elements / 1e6:.1f} M parameters (P = {4 * space.num_elements / 1e6:.0f} MB), {PATCHES + 1} tokens, "
+        f"{len(TASKS)} tasks, {SAMPLES} samples each, fp32, {len(space.group_names)} groups; medians of {REPEATS}",
+        ["step", "seconds", "ratio to the best plain", f"at most {AIM}", "MB added at the peak"],
+        [
+            [name, f"{s:.3f}", f"{s / best:.2f}", met[name], f"{memory_of(name) / 1e6:.0f}"]
+            for name, s in seconds.items()
+        ],
     )
 
 
 if __name__ == "__main__":
-    memory(sys.argv[2]) if sys.argv[1:2] == ["--memory"] else main()
+    print(added_memory(WAYS[sys.argv[1]]())) if len(sys.argv) > 1 else main()

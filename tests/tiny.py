@@ -84,7 +84,7 @@ class Shift(TaskModule):
 
 
 class Kept(Objective):
-    """Cross-entropy with the model's own prediction on the samples whose first input is positive: a filter per sample."""
+    """Cross-entropy with the model's own prediction, on the samples whose first input is positive."""
 
     filters = True
 

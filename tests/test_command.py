@@ -1,0 +1,173 @@
+"""The command as a user starts it, as processes."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from adamerge.artifact import open_merge
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def write(config, tmp_path):
+    """Writes a configuration file of the tiny pool and returns its path."""
+
+    def write(**sections):
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(config(**sections)))
+        return path
+
+    return write
+
+
+def command(*arguments, launcher=("-m", "adamerge.fit"), **options):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **options.pop("env", {})}
+    return subprocess.Popen(
+        [sys.executable, *launcher, *map(str, arguments)],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def finish(process, status=0, timeout=120):
+    out, err = process.communicate(timeout=timeout)
+    assert process.returncode == status, f"{out}\n{err}"
+    return out, err
+
+
+def learned(root, name="config"):
+    (folder,) = sorted((root / "runs" / name).iterdir())[-1:]
+    model = open_merge(folder, trust=True)
+    return {name: parameter.detach() for name, parameter in model.learnables().items()}
+
+
+TRAINING = {
+    "model": {"task_modules": [{"class_path": "tests.tiny.Shift"}],
+              "objectives": [{"class_path": "adamerge.objectives.Entropy"}, {"class_path": "tests.tiny.Kept"}]},
+    "trainer": {"max_steps": 4, "accumulate_grad_batches": 2},
+    "data": {"batch_size": 4},
+}  # fmt: skip
+
+
+def test_two_processes_learn_what_one_learns(write, tmp_path):
+    """Coefficients and adapters, accumulation 2, a filter that keeps other counts on each rank; two launchers."""
+    one = write(**TRAINING)
+    finish(command("--config", one))
+    expected = learned(tmp_path)
+    ddp = ["--config", one, "--data.batch_size", 2, "--trainer.strategy", "ddp", "--trainer.devices", 2]
+    out, _ = finish(command(*ddp, "--run.name", "lightning"))
+    assert out.count("Tasks:") == 1
+    assert out.count("Run directory:") == 1
+    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29631", "-m", "adamerge.fit")
+    finish(command(*ddp, "--run.name", "torchrun", launcher=torchrun))
+    for name in ("lightning", "torchrun"):
+        assert len(list((tmp_path / "runs" / name).iterdir())) == 1  # one directory, not one per rank
+        found = learned(tmp_path, name)
+        for key, value in expected.items():
+            start = 0.3 if key.startswith("rule") else 0.0
+            assert (value - start).abs().max() > 1e-3
+            torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-6)  # sums in another order
+
+
+def test_a_failing_audit_ends_every_rank_with_one_paragraph(write, pool):
+    pool["b"].write_bytes(pool["b"].read_bytes()[:-10])
+    process = command("--config", write(), "--trainer.strategy", "ddp", "--trainer.devices", 2)
+    _, err = finish(process, status=2)
+    assert "b.safetensors is not a whole safetensors file" in err
+    assert "Traceback" not in err
+
+
+def test_help_and_print_config(write):
+    out, _ = finish(command("--help"))
+    for option in ("--config", "--model.rule", "--data.batch_size", "--trainer.max_steps", "--ckpt_path", "--run.dir"):
+        assert option in out
+    rule = ["--model.rule", "adamerge.rules.TaskWise", "--model.rule.init_args.init", "0.2", "--trainer.max_steps=7"]
+    out, _ = finish(command("--config", write(), *rule, "--print_config"))
+    printed = yaml.safe_load(out)
+    assert printed["model"]["rule"] == {
+        "class_path": "adamerge.rules.TaskWise",
+        "init_args": {"init": 0.2, "activation": "none"},
+    }
+    assert printed["trainer"]["max_steps"] == 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model.lr", "1"], "lr"),
+        (["--trainer.max_steps", "many"], "max_steps"),
+        (["--model.base", "/nowhere/at/all"], "There is no checkpoint at '/nowhere/at/all'"),
+        (["--config", "/nowhere.yaml"], "nowhere.yaml"),
+        (["--model.rule.init_args.init", "2", "--model.rule.init_args.activation", "clamp"], "`rule.init` is 2.0"),
+    ],
+)
+def test_errors_are_one_paragraph(write, arguments, message):
+    _, err = finish(
+        command("--config", write(model={"rule": {"class_path": "adamerge.rules.LayerWise"}}), *arguments), status=2
+    )
+    assert err.startswith("adamerge: ")
+    assert message in err
+    assert "Traceback" not in err
+    assert "usage:" not in err
+    assert len(err) < 800
+
+
+def test_nothing_given_says_what_is_missing():
+    _, err = finish(command(), status=2)
+    assert err.startswith("adamerge: ")
+    assert "--config" in err
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_signal_loses_nothing(write, tmp_path, number, status, ranks):
+    """The step is finished, the merge and a checkpoint are there, and going on from it gives the straight run."""
+    path = write(trainer={"max_steps": 100000, "accumulate_grad_batches": 2, "log_every_n_steps": 2})
+    several = ["--trainer.strategy", "ddp", "--trainer.devices", ranks] if ranks > 1 else []
+    process = command("--config", path, *several)
+    metrics = None
+    for _ in range(600):
+        time.sleep(0.1)
+        found = list((tmp_path / "runs" / "config").glob("*/metrics.csv"))
+        if found and found[0].stat().st_size > 200:
+            metrics = found[0]
+            break
+    assert metrics is not None
+    process.send_signal(number)
+    out, _ = finish(process, status=status)
+    steps = int(re.search(r"Stopped at step (\d+)", out).group(1))
+    assert 0 < steps < 100000
+    folder = metrics.parent
+    assert (folder / "merge" / "merge.safetensors").exists()
+    if ranks == 1:
+        more = ["--trainer.max_steps", steps + 3]
+        finish(command("--config", path, *more, "--ckpt_path", folder, "--run.name", "rest"))
+        finish(command("--config", path, *more, "--run.name", "straight"))
+        assert torch.equal(learned(tmp_path, "rest")["rule.raw_TG"], learned(tmp_path, "straight")["rule.raw_TG"])
+
+
+def test_the_same_bits_under_any_hash_seed(write, tmp_path):
+    path = write(
+        model={
+            "transforms": [{"class_path": "adamerge.transforms.Trim"}, {"class_path": "adamerge.transforms.ElectSign"}]
+        }
+    )
+    found = []
+    for seed in ("0", "1", "2"):
+        finish(command("--config", path, "--run.name", f"seed{seed}", env={"PYTHONHASHSEED": seed}))
+        found.append(learned(tmp_path, f"seed{seed}")["rule.raw_TG"])
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
