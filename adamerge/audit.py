@@ -1,5 +1,6 @@
 """What can be wrong with a base and its experts: names, shapes and dtypes from the headers, values as they are read."""
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from itertools import combinations
@@ -11,6 +12,8 @@ from adamerge.checkpoints import State
 from adamerge.deltas import Deltas
 from adamerge.space import ParamSpace
 from adamerge.types import raise_all, some
+
+log = logging.getLogger("adamerge")
 
 
 def header_problems(space: ParamSpace, base: State, experts: Mapping[str, State]) -> Iterator[str]:
@@ -63,18 +66,22 @@ class ValueAudit:
         self._not_finite: dict[str, list[str]] = {}
         self._changed = dict.fromkeys(tasks, False)
         self._equal = set(combinations(range(len(tasks)), 2))
+        self._squares = {"": 0.0, **dict.fromkeys(tasks, 0.0)}  # of the base and of each task's vectors
 
     def __call__(self, name: str, base: Tensor, deltas: Deltas) -> None:
         """Look at one tensor."""
         if base.numel() == 0:
             return
-        if not bool(torch.isfinite(_norm(base))) and not bool(torch.isfinite(base).all()):
+        size = float(_norm(base))
+        self._squares[""] += size**2
+        if size - size != 0 and not bool(torch.isfinite(base).all()):
             self._not_finite.setdefault("The base", []).append(name)
             return
         vectors = deltas.dense()
         norms = [float(_norm(vector)) for vector in vectors]
         for task, norm, vector in zip(self._tasks, norms, vectors, strict=True):
             self._changed[task] |= norm != 0
+            self._squares[task] += norm**2
             if norm - norm != 0 and not bool(torch.isfinite(vector).all()):
                 self._not_finite.setdefault(f"Expert '{task}'", []).append(name)
         self._equal = {(i, j) for i, j in self._equal if norms[i] == norms[j] and torch.equal(vectors[i], vectors[j])}
@@ -86,6 +93,12 @@ class ValueAudit:
             InputError: Everything that was found.
         """
         raise_all(self._problems(), "the checkpoints")
+        far = [task for task in self._tasks if self._squares[task] > self._squares[""]]
+        if far:
+            log.warning(
+                "Task vectors of %s are longer than the base itself: were they fine-tuned from this base?",
+                ", ".join(far),
+            )
 
     def _problems(self) -> Iterator[str]:
         for who, names in self._not_finite.items():

@@ -133,10 +133,11 @@ def _per_task(coef: Tensor, deltas: Deltas) -> Tensor:
 def _chunks(delta_TN: Tensor, dtype: torch.dtype) -> Any:
     """(start, [T, n]) over cache-sized column ranges; narrow vectors are widened into one reused buffer."""
     num_tasks, size = delta_TN.shape
-    width = min(CHUNK, size)
+    step = CHUNK if delta_TN.device.type == "cpu" else 64 * CHUNK
+    width = min(step, size)
     buffer = None if delta_TN.dtype == dtype else torch.empty(num_tasks * width, dtype=dtype, device=delta_TN.device)
-    for start in range(0, size, CHUNK):
-        part = delta_TN[:, start : start + CHUNK]
+    for start in range(0, size, step):
+        part = delta_TN[:, start : start + step]
         yield start, part if buffer is None else buffer[: part.numel()].view(part.shape).copy_(part)
 
 

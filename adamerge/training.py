@@ -1,6 +1,7 @@
 """From a recipe, data and a trainer's options to a learned merge, on one process or many."""
 
 import logging
+import shutil
 import signal
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -119,7 +120,7 @@ def execute(job: Job) -> Run:
         "data": spec(job.data),
         "objectives": spec(job.recipe.objectives),
     }
-    folder = _once(trainer, lambda: _make_folder(job))
+    folder = _once(trainer, lambda: _make_folder(job, 10 * sum(p.numel() * 4 for p in model.learnables().values())))
     _say_plan(job, opened, model, trainer, folder)
 
     def scored(candidate: MultiTaskModel, tasks: Sequence[str]) -> Scores:
@@ -215,7 +216,8 @@ def _checkpoint_path(path: str | None) -> str | None:
     return str(file)
 
 
-def _make_folder(job: Job) -> Path:
+def _make_folder(job: Job, need: int) -> Path:
+    """A fresh run directory on a disk with room for `need` bytes, and a little more."""
     if job.run.dir is not None:
         folder = Path(job.run.dir).expanduser()
         if folder.exists():
@@ -234,6 +236,13 @@ def _make_folder(job: Job) -> Path:
                 break
             except FileExistsError:
                 continue
+    free = shutil.disk_usage(folder).free
+    if free < need + 10_000_000:
+        folder.rmdir()
+        raise InputError(
+            f"The disk of {folder.parent} has {gigabytes(free)} left; the run's merge and checkpoints want "
+            f"{gigabytes(need + 10_000_000)}. Free some, or choose another `run.root`."
+        )
     with atomic_file(folder / "config.yaml") as new:
         new.write_text(
             job.config or yaml.safe_dump({"model": spec(job.recipe), "data": spec(job.data), "trainer": job.trainer})

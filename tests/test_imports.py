@@ -41,7 +41,7 @@ HOMES = {
     "open_clip": set(),
     "wandb": set(),
     "matplotlib": set(),
-    "rich": {"report", "training"},
+    "rich": {"demo", "report", "training"},
 }
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
 

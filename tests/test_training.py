@@ -78,7 +78,6 @@ def test_objects_do_as_well(pool, tmp_path, config):
     from adamerge.backbones import Module
     from adamerge.recipe import Recipe, SpaceOptions
     from adamerge.rules import LayerWise
-    from adamerge.training import RunOptions
     from tests.tiny import Net, data_of
 
     recipe = Recipe(
@@ -89,7 +88,7 @@ def test_objects_do_as_well(pool, tmp_path, config):
         space=SpaceOptions(skip=r"^head\."),
     )
     run = adamerge.train(
-        recipe, data_of(), trainer={"max_steps": 4, "accelerator": "cpu"}, run=RunOptions(root=str(tmp_path / "runs"))
+        recipe, data_of(), trainer={"max_steps": 4, "accelerator": "cpu"}, run=adamerge.RunOptions(root=str(tmp_path / "runs"))
     )
     assert_equal(learned(run), learned(adamerge.train(config())))
     assert (run.dir / "config.yaml").stat().st_size > 100
@@ -287,6 +286,25 @@ def test_a_run_directory_that_exists_is_not_touched(config, tmp_path):
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["notes.txt"]
     run = adamerge.train(config(run={"dir": str(tmp_path / "fresh")}))
     assert run.dir == tmp_path / "fresh"
+
+
+def test_a_full_disk_is_noticed_before_training(config, monkeypatch, tmp_path):
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr("adamerge.training.shutil.disk_usage", lambda folder: usage(1_000_000))
+    with pytest.raises(InputError, match=r"has 1.0 MB left; the run's merge and checkpoints want 10.0 MB"):
+        adamerge.train(config())
+    assert not list((tmp_path / "runs" / "merge").iterdir())
+
+
+def test_an_expert_far_from_the_base_is_warned_of(config, pool, caplog):
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(pool["b"])
+    save_file({name: 100 * tensor if "head" not in name else tensor for name, tensor in state.items()}, pool["b"])
+    adamerge.train(config())
+    assert "Task vectors of b are longer than the base itself" in caplog.text
 
 
 def test_what_cannot_be_written_down_is_refused_before_training(pool, tmp_path):

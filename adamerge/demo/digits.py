@@ -5,20 +5,19 @@ task is fitted on the base's features and frozen; each expert then fine-tunes th
 body, as CLIP's image tower is shared under its zero-shot heads.
 """
 
-import logging
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import Progress
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from adamerge.files import built_once, cache_dir
 from adamerge.types import InputError
-
-log = logging.getLogger("adamerge")
 
 VERSION = "1"  # part of the cache's path: raise it when anything here changes what is built
 TASKS = ("digit", "turned", "inverted", "parity", "large")
@@ -94,14 +93,15 @@ def locate(model: str) -> Path:
 
 def build(folder: Path) -> None:
     """Train the base and the five experts into a folder; the same bits on one machine with one number of threads."""
-    log.info("Training the digits demo's base and five experts, once (about half a minute) …")
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), Progress(console=Console(stderr=True), transient=True) as progress:
         torch.manual_seed(0)
+        bar = progress.add_task("Training the digits demo, once", total=1 + len(TASKS))
         net = DigitNet()
         _pretrain(net)
         save_file(net.state_dict(), folder / "base.safetensors")
         base = {name: tensor.clone() for name, tensor in net.state_dict().items()}
         for task in TASKS:
+            progress.update(bar, advance=1)
             net.load_state_dict(base)
             head = _fitted_head(net, task)
             _train(net, *samples(task, "train"), head, train_head=False, epochs=10, lr=5e-4)
