@@ -31,7 +31,7 @@ def header_problems(space: ParamSpace, base: State, experts: Mapping[str, State]
 
 
 def _faults(space: ParamSpace, state: State) -> Iterator[str]:
-    names = {**space.checkpoint_names(), **{name: [name] for name in space.buffers}}
+    names, expected = space.checkpoint_names(), {**space.shapes, **space.buffers}
     missing = [name for name, keys in names.items() if not any(key in state for key in keys)]
     if missing:
         yield f"missing tensors: {some(missing)}"
@@ -44,11 +44,11 @@ def _faults(space: ParamSpace, state: State) -> Iterator[str]:
         held = [key for key in keys if key in state]
         for key in held:
             shape, dtype = state.meta(key)
-            if name in space.shapes and shape != space.shapes[name]:
-                shapes.append(f"{key} is {list(shape)}, the network's {list(space.shapes[name])}")
+            if shape != expected[name]:
+                shapes.append(f"{key} is {list(shape)}, the network's {list(expected[name])}")
             if name in space.shapes and not (dtype.is_floating_point and dtype.itemsize > 1):
                 dtypes.append(f"{key} is {str(dtype).removeprefix('torch.')}")
-        if len(held) > 1 and not any(torch.equal(state[held[0]], state[key]) for key in held[1:]):
+        if len(held) > 1 and not all(torch.equal(state[held[0]], state[key]) for key in held[1:]):
             ties.append(" and ".join(held))
     if shapes:
         yield f"other shapes: {some(shapes)}"

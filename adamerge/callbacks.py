@@ -13,6 +13,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from adamerge.loops.tally import sum_over_ranks
+from adamerge.types import NonFiniteLoss
 
 log = logging.getLogger("adamerge")
 
@@ -80,18 +81,22 @@ class SaveOnException(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if trainer.is_global_zero:
-            self._save(trainer)
+            self._save(trainer, resumable=not isinstance(exception, NonFiniteLoss))
         if isinstance(exception, SIGTERMException):
             trainer.strategy.barrier()  # all ranks came here together: none leaves before the save is done
 
-    def _save(self, trainer: pl.Trainer) -> None:
+    def _save(self, trainer: pl.Trainer, resumable: bool) -> None:
+        self._save_merge()
+        where = self._folder / "merge"
+        if not resumable:
+            log.info("Stopped at step %d. The last good merge is in %s", trainer.global_step, where)
+            return
         checkpoint = self._folder / "checkpoints" / "last.ckpt"
         # no barrier: the other ranks may be anywhere
         trainer.strategy.save_checkpoint(trainer._checkpoint_connector.dump_checkpoint(weights_only=False), checkpoint)
-        self._save_merge()
         log.info(
             "Stopped at step %d. The merge so far is in %s; go on with --ckpt_path %s",
             trainer.global_step,
-            self._folder / "merge",
+            where,
             checkpoint,
         )

@@ -128,6 +128,11 @@ def open_state(source: str | Path | Mapping[str, Tensor]) -> State:
     raise InputError(f"{path}: unknown kind of checkpoint; expected .safetensors, a folder, or {', '.join(PICKLES)}.")
 
 
+def absolute(source: str) -> str:
+    """The source as it can be found again from any working directory."""
+    return source if source.startswith("demo:") else str(Path(source).expanduser().resolve())
+
+
 def locate(source: str) -> Path:
     """The path of a source; a `demo:` source is built on first use.
 

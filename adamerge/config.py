@@ -47,17 +47,19 @@ def parse(config: str | Path | Sequence[str | Path] | Mapping[str, Any], overrid
         if overrides:
             parsed = parser.parse_object(_nested(overrides), cfg_base=parsed)
         return job_of(parser, parsed)
-    except ArgumentError as error:
+    except InputError:
+        raise
+    except (ArgumentError, ValueError) as error:
         raise InputError(_short(error)) from error
 
 
 def job_of(parser: LightningArgumentParser, parsed: Namespace) -> Job:
     """Build the objects that a parsed configuration names; opens no checkpoint and no data."""
+    if parsed.get("config") and parsed.run.name == RunOptions.name:
+        parsed.run.name = Path(str(parsed.config[-1])).stem
     text = parser.dump(parsed, skip_none=False)
     made = parser.instantiate(parsed)
-    name = Path(str(parsed.config[-1])).stem if parsed.get("config") and made.run.name == "merge" else made.run.name
-    run = RunOptions(**{**vars(made.run), "name": name})
-    return Job(made.model, made.data, made.trainer.as_dict(), run, made.ckpt_path, made.seed_everything, text)
+    return Job(made.model, made.data, made.trainer.as_dict(), made.run, made.ckpt_path, made.seed_everything, text)
 
 
 def job_from_arguments(argv: Sequence[str] | None = None) -> Job:
@@ -69,11 +71,13 @@ def job_from_arguments(argv: Sequence[str] | None = None) -> Job:
     parser = make_parser()
     try:
         return job_of(parser, parser.parse_args(argv))
-    except ArgumentError as error:
+    except InputError:
+        raise
+    except (ArgumentError, ValueError) as error:
         raise InputError(_short(error)) from error
 
 
-def _short(error: ArgumentError) -> str:
+def _short(error: Exception) -> str:
     text = " ".join(str(error).split())
     return text + (" (name a configuration with --config FILE, or see --help)" if "required" in text else "")
 

@@ -91,8 +91,13 @@ def sha256(path: Path) -> str:
             return str(known["sha256"])
     except (OSError, ValueError, KeyError, TypeError):  # no memo, or one we cannot read: hash the file
         known = None
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    found = digest(path)
     with atomic_file(memo) as new:
-        new.write_text(json.dumps({"stamp": stamp, "sha256": digest}))
-    return digest
+        new.write_text(json.dumps({"stamp": stamp, "sha256": found}))
+    return found
+
+
+def digest(path: Path) -> str:
+    """Hex sha256 of a file, read now."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -289,6 +289,8 @@ class MergedModel(MultiTaskModel):
             dtype: Cast once, at the end, from the fp32 merge; by default each tensor keeps the network's dtype.
         """
         skeleton, shared = self._skeleton, self.rule.begin()
+        if skeleton.in_place:
+            raise RuntimeError("Merged weights are in place; materialize outside of `applied()` and `step()`.")
         net = copy.deepcopy(skeleton.net)
         twin = dict(zip(map(id, skeleton.net.modules()), net.modules(), strict=True))
         for name, places in skeleton.sites.items():

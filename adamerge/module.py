@@ -16,13 +16,10 @@ from adamerge.loops.tally import Terms, Weighted
 from adamerge.merged import MergedModel, Step
 from adamerge.objectives import Entropy, Objective
 from adamerge.resume import reconcile_optimizer, restore, training_state
-from adamerge.types import Batch, InputError, TaskOutput, raise_all
+from adamerge.types import Batch, NonFiniteLoss, TaskOutput, raise_all
 
 log = logging.getLogger("adamerge")
-
-
-class NonFiniteLoss(InputError):
-    """A loss or gradient became NaN or Inf; the learnables are those of the last good step."""
+_PROVIDED = frozenset({"labels"})
 
 
 def adam(parameters: Any) -> Optimizer:
@@ -74,6 +71,9 @@ class AdaMerge(pl.LightningModule):
         if not self.objectives:
             yield "There is no objective; name at least one under `model.objectives`."
         for objective in self.objectives:
+            if objective.needs - _PROVIDED:
+                wanted = ", ".join(sorted(objective.needs - _PROVIDED))
+                yield f"{type(objective).__name__} needs {wanted}, which nothing here provides."
             unknown = sorted(set(objective.task_weights) - set(self.model.tasks))
             if unknown:
                 tasks = ", ".join(self.model.tasks)
@@ -154,9 +154,11 @@ class AdaMerge(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         gradients = [p.grad for p in self.model.learnables().values() if p.grad is not None]
         self._watch(torch.stack([gradient.sum() for gradient in gradients]).sum()[None], slice(-1, None))
+        for gradient in gradients:
+            torch.nan_to_num_(gradient, nan=0.0, posinf=0.0, neginf=0.0)  # the optimiser's own state stays finite
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if (batch_idx + 1) % self.trainer.log_every_n_steps == 0:
+        if self.trainer.fit_loop.epoch_loop.batch_progress.total.ready % self.trainer.log_every_n_steps == 0:
             self.raise_if_not_finite()
 
     def on_train_end(self) -> None:

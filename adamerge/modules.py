@@ -36,17 +36,24 @@ class Learnable(nn.Module):
         return super()._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).device), recurse)
 
 
+def identity(tensor: Tensor) -> Any:
+    """Equal for tensors that share their memory, whether or not they are one object: what makes a tie."""
+    if tensor.is_meta or tensor.numel() == 0:
+        return id(tensor)
+    return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride()
+
+
 Sites = Mapping[str, list[tuple[nn.Module, str]]]
 
 
 def parameter_sites(net: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
     """For each canonical parameter name all places (module, attribute) that hold it, tied ones together."""
-    first: dict[int, str] = {}
+    first: dict[Any, str] = {}
     sites: dict[str, list[tuple[nn.Module, str]]] = {}
     for prefix, module in net.named_modules(remove_duplicate=False):
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
-                name = first.setdefault(id(parameter), f"{prefix}.{attribute}" if prefix else attribute)
+                name = first.setdefault(identity(parameter), f"{prefix}.{attribute}" if prefix else attribute)
                 if all(place != (module, attribute) for place in sites.setdefault(name, [])):
                     sites[name].append((module, attribute))
     return sites

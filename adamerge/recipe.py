@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from adamerge.audit import header_problems
 from adamerge.backbones import Backbone
-from adamerge.checkpoints import State, open_state
+from adamerge.checkpoints import State, absolute, open_state
 from adamerge.loops import Joint, Loop
 from adamerge.merged import ApplyMode, MergedModel
 from adamerge.objectives import Entropy, Objective
@@ -47,12 +47,12 @@ class VectorOptions:
     Args:
         dtype: Their storage; by default what the checkpoints are in.
         placement: `device` moves them with the model, `cpu` leaves them in memory, `mmap` on disk in the cache folder.
-        seed: Seeds transforms that draw at random.
+        seed: Seeds transforms that draw at random; by default the run's seed.
     """
 
     dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = None
     placement: Placement = "device"
-    seed: int = 0
+    seed: int | None = None
 
 
 class Recipe(Recorded):
@@ -148,20 +148,27 @@ class Opened:
     num_classes: Mapping[str, int | None]
     seconds: float = field(default=0.0, init=False)  # one task batch, forward and backward
 
-    def leave_out_unreachable(self, batches: Mapping[str, Batch]) -> None:
-        """Leave out the tensors that no task's features depend on; time a forward and backward on the way."""
+    def leave_out_unreachable(self, batches: Mapping[str, Batch], device: torch.device) -> None:
+        """Leave out the tensors that no task's features depend on; time a forward and backward on the way.
+
+        Args:
+            batches: One per task.
+            device: Where the network goes, and stays.
+        """
+        self.net.to(device).eval()
         parameters = dict(self.net.named_parameters())
         for name in self.space.shapes:
             parameters[name].requires_grad_()
-        self.net.eval()
         try:
             for batch in batches.values():
+                batch = {key: value.to(device) for key, value in batch.items()}
                 start = time.perf_counter()
-                self.recipe.backbone.features(self.net, batch).float().square().sum().backward()
+                loss = self.recipe.backbone.features(self.net, batch).float().square().sum()
+                loss.backward()
+                loss.item()  # wait for the device
                 self.seconds = time.perf_counter() - start  # the last of several: the first one warms up
-            self.space = self.space.without(
-                [name for name in self.space.shapes if parameters[name].grad is None], "not reached by the loss"
-            )
+            unreached = [name for name in self.space.shapes if parameters[name].grad is None]
+            self.space = self.space.without(unreached, "not reached by the loss")
         finally:
             self.net.requires_grad_(False)
             for parameter in parameters.values():
@@ -169,17 +176,20 @@ class Opened:
 
     def load_vectors(self) -> TaskVectors:
         """Read the untransformed task vectors and check their values."""
-        dtype = getattr(torch, self.recipe.vectors.dtype) if self.recipe.vectors.dtype else None
-        return TaskVectors.load(
-            self.space, self.base, self.experts, dtype=dtype, placement=self.recipe.vectors.placement
-        )
+        placement = self.recipe.vectors.placement
+        return TaskVectors.load(self.space, self.base, self.experts, dtype=self._dtype, placement=placement)
+
+    @property
+    def _dtype(self) -> torch.dtype | None:
+        return getattr(torch, self.recipe.vectors.dtype) if self.recipe.vectors.dtype else None
 
     def merged(self, raw: TaskVectors) -> MergedModel:
         """The model to train; takes the network over."""
         recipe, vectors = self.recipe, raw
         if recipe.transforms:
             options = recipe.vectors
-            vectors = raw.transformed(recipe.transforms, seed=options.seed).stored(placement=options.placement)
+            changed = raw.transformed(recipe.transforms, seed=options.seed or 0)
+            vectors = changed.stored(dtype=self._dtype, placement=options.placement)
         return MergedModel(
             recipe.backbone, self.net, vectors, recipe.rule(vectors), self.chains, apply_mode=recipe.apply_mode
         )
@@ -206,7 +216,7 @@ class Opened:
             "left_out": {name: why for name, why in self.space.left_out.items() if why == "not reached by the loss"},
             "num_classes": dict(self.num_classes),
             "sources": {
-                who: {"source": str(source), "sha256": state.sha256()} for who, (source, state) in sources.items()
+                who: {"source": absolute(source), "sha256": state.sha256()} for who, (source, state) in sources.items()
             },
         }
 
@@ -217,11 +227,15 @@ def _fill(net: nn.Module, space: ParamSpace, base: State, experts: Mapping[str, 
     names = space.checkpoint_names()
     for name, parameter in net.named_parameters():
         key = next((key for key in names.get(name, [name]) if key in base), None)
-        if key is not None:
-            parameter.copy_(base[key])
+        if key is None:
+            continue
+        if base[key].shape != parameter.shape:
+            raise InputError(f"The base's '{key}' is {list(base[key].shape)}, the network's {list(parameter.shape)}.")
+        parameter.copy_(base[key])
     for name in space.buffers:
         buffer: Tensor = net.get_buffer(name)
-        if space.buffer_policy == "mean" and buffer.is_floating_point():
-            buffer.copy_(torch.stack([state[name].float() for state in experts.values()]).mean(0))
-        else:
-            buffer.copy_(base[name])
+        held = [state[next(key for key in names[name] if key in state)] for state in (base, *experts.values())]
+        mean = space.buffer_policy == "mean" and buffer.is_floating_point()
+        buffer.copy_(torch.stack([tensor.float() for tensor in held[1:]]).mean(0) if mean else held[0])
+        if buffer.is_floating_point() and not bool(buffer.isfinite().all()):
+            raise InputError(f"The buffer '{name}' holds NaN or Inf in {'an expert' if mean else 'the base'}.")

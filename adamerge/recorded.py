@@ -2,7 +2,8 @@
 
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+import typing
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
 from importlib import import_module
 from pathlib import Path
@@ -36,13 +37,14 @@ class Recorded:
         return self
 
 
-def spec(value: Any) -> Any:
+def spec(value: Any, *, strict: bool = True) -> Any:
     """The text form of a value.
 
-    Plain data stay, a recorded object becomes `{class_path, init_args}`, a function its path.
+    Plain data stay, a recorded object and a `partial` become `{class_path, init_args}`, a class or function its path.
 
     Args:
         value: What was configured.
+        strict: Refuse what cannot be made again from text; else say its type in angle brackets.
 
     Raises:
         InputError: The value cannot be made again from text (a lambda, a live module, a class of `__main__`).
@@ -52,22 +54,68 @@ def spec(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, Recorded):
-        return {"class_path": _path(type(value)), "init_args": spec(value._arguments)}
+        return {"class_path": _path(type(value), strict), "init_args": spec(value._arguments, strict=strict)}
     if is_dataclass(value) and not isinstance(value, type):
-        return spec(vars(value))
+        return spec(vars(value), strict=strict)
     if isinstance(value, functools.partial):
-        made = next(
-            (part for part in value.args if isinstance(part, type)), value.func
-        )  # the parser's partials name it as argument
-        return {"class_path": _path(made), "init_args": {k: spec(v) for k, v in value.keywords.items()}}
+        # the parser's own partials hold the class among their arguments
+        made = next((part for part in value.args if isinstance(part, type)), value.func)
+        if strict and made is value.func and value.args:
+            raise InputError(f"{value} cannot be written down: give its arguments by keyword.")
+        return {"class_path": _path(made, strict), "init_args": spec(value.keywords, strict=strict)}
     if isinstance(value, Mapping):
-        return {str(key): spec(item) for key, item in value.items()}
+        return {str(key): spec(item, strict=strict) for key, item in value.items()}
     if isinstance(value, Sequence):
-        return [spec(item) for item in value]
-    return _path(value)
+        return [spec(item, strict=strict) for item in value]
+    return _path(value, strict)
 
 
-def _path(value: Any) -> str:
+def revive(value: Any, *, trust: bool, partial: bool = False) -> Any:
+    """Make again what `spec` has written; of foreign code nothing is imported unless trusted.
+
+    Args:
+        value: The text form.
+        trust: Allow classes and functions from outside adamerge.
+        partial: Give a callable that waits for its first arguments, not an object; a string is a function's path then.
+
+    Raises:
+        InputError: Foreign code without trust, a path that leads nowhere, or arguments that do not fit.
+    """
+    if isinstance(value, Mapping) and "class_path" in value:
+        cls = _resolve(value["class_path"], trust)
+        hints = typing.get_type_hints(getattr(cls, "__init__", cls))
+        waits = {name for name, hint in hints.items() if typing.get_origin(hint) is Callable}
+        arguments = {k: revive(v, trust=trust, partial=k in waits) for k, v in (value.get("init_args") or {}).items()}
+        try:
+            return functools.partial(cls, **arguments) if partial else cls(**arguments)
+        except TypeError as error:
+            raise InputError(f"'{value['class_path']}' cannot be made again: {error}.") from error
+    if partial and isinstance(value, str):
+        return _resolve(value, trust)
+    if isinstance(value, Mapping):
+        return {key: revive(item, trust=trust) for key, item in value.items()}
+    return [revive(item, trust=trust) for item in value] if isinstance(value, list) else value
+
+
+def foreign(path: str) -> str:
+    """What is said of code that is not trusted."""
+    return f"The merge is built with '{path}', which is not part of adamerge; pass trust=True if you trust it."
+
+
+def _resolve(path: Any, trust: bool) -> Any:
+    module, _, name = str(path).rpartition(".")
+    if not trust and not module.startswith("adamerge."):
+        raise InputError(foreign(str(path)))
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"The merge is built with '{path}', which cannot be imported: {error}.") from error
+    if not trust and not str(getattr(found, "__module__", "")).startswith("adamerge."):
+        raise InputError(foreign(str(path)))
+    return found
+
+
+def _path(value: Any, strict: bool) -> str:
     module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
     found: Any = None
     if module and name and module != "__main__":
@@ -75,9 +123,11 @@ def _path(value: Any) -> str:
             found = functools.reduce(getattr, name.split("."), import_module(module))
         except (ImportError, AttributeError):
             found = None
-    if found is not value or value is None:
-        raise InputError(
-            f"{value!r} cannot be written down in the merge's record, so the merge could not be loaded again. "
-            "Give a class or function that can be imported by name, from a module of its own."
-        )
-    return f"{module}.{name}"
+    if found is value and value is not None:
+        return f"{module}.{name}"
+    if not strict:
+        return f"<{name or type(value).__name__}>"
+    raise InputError(
+        f"A {type(value).__name__} ({name or 'without a name'}) cannot be written down in the record of the merge, so it "
+        "could not be loaded again. Give a class or function that can be imported by name, from a module of its own."
+    )

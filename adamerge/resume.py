@@ -1,7 +1,7 @@
 """What a training checkpoint holds beside Lightning's counters, and how a run goes on from it exactly."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch.optim import Optimizer
@@ -19,7 +19,7 @@ def training_state(model: MergedModel, optimizers: Sequence[Optimizer]) -> dict[
         "learnables": state_of(model),
         "labels": labels_of(model),
         "fingerprint": model.vectors.fingerprint(),
-        "optimizer": [_plain(optimizer.defaults) for optimizer in optimizers],
+        "optimizer": [_settings(optimizer) for optimizer in optimizers],
     }
 
 
@@ -51,24 +51,34 @@ def restore(model: MergedModel, checkpoint: dict[str, Any]) -> None:
 
 def reconcile_optimizer(checkpoint: dict[str, Any], optimizer: Optimizer) -> None:
     """Let what is configured now beat what the checkpoint was trained with, and say so."""
-    before, now = checkpoint["adamerge"]["optimizer"][0], _plain(optimizer.defaults)
+    before, now = checkpoint["adamerge"]["optimizer"][0], _settings(optimizer)
+    if before["class"] != now["class"]:
+        raise InputError(
+            f"`ckpt_path` was trained with {before['class']}, this run has {now['class']}; resume with the same "
+            "optimiser, or start afresh."
+        )
     changed = {key: value for key, value in now.items() if key in before and before[key] != value}
     for key, value in changed.items():
         log.info("Resuming with %s %s; the checkpoint was trained with %s.", key, value, before[key])
     groups = checkpoint["optimizer_states"][0]["param_groups"]
     if "lr" in changed:
-        ratio = changed.pop("lr") / before["lr"]
+        scale = _scaled(before["lr"], changed.pop("lr"))
         for group in groups:
-            for key in ("lr", "initial_lr"):
-                if key in group:
-                    group[key] *= ratio
+            group.update({key: scale(group[key]) for key in ("lr", "initial_lr") if key in group})
         for schedule in checkpoint.get("lr_schedulers", []):
-            for key in ("base_lrs", "_last_lr"):
-                if key in schedule:
-                    schedule[key] = [lr * ratio for lr in schedule[key]]
+            schedule.update(
+                {key: list(map(scale, schedule[key])) for key in ("base_lrs", "_last_lr") if key in schedule}
+            )
     for group in groups:
         group.update({key: value for key, value in changed.items() if key in group})
 
 
-def _plain(options: dict[str, Any]) -> dict[str, Any]:
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}
+def _scaled(before: float, now: float) -> Callable[[float], float]:
+    """A scheduled rate keeps its place in the schedule; a run that stood at rate 0 starts at the new one."""
+    return lambda rate: rate * (now / before) if before else now
+
+
+def _settings(optimizer: Optimizer) -> dict[str, Any]:
+    """The optimiser's class and hyper-parameters as plain data."""
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in optimizer.defaults.items()}
+    return {"class": type(optimizer).__name__, **plain}

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from adamerge.modules import identity
 from adamerge.types import InputError, some
 
 
@@ -33,7 +34,7 @@ class ParamSpace:
     group_of: Mapping[str, int]
     group_names: tuple[str, ...]
     aliases: Mapping[str, str]
-    buffers: tuple[str, ...]
+    buffers: Mapping[str, torch.Size]
     buffer_policy: Literal["base", "mean"] = "base"
     left_out: Mapping[str, str] = ()  # type: ignore[assignment]
     skip: str | None = None
@@ -66,7 +67,7 @@ class ParamSpace:
         skips = _compile(skip, "space.skip") if skip else None
         first_of: dict[Any, str] = {}
         for name, parameter in net.named_parameters(remove_duplicate=False):
-            first = first_of.setdefault(_identity(parameter), name)
+            first = first_of.setdefault(identity(parameter), name)
             if first != name:
                 aliases[name] = first
             elif skips and skips.search(name):
@@ -79,8 +80,13 @@ class ParamSpace:
             raise InputError(
                 "No tensor is left to merge: the network has no floating parameter that `space.skip` lets pass."
             )
-        names = [name for name, _ in net.named_buffers() if _persistent(net, name)]
-        kept = tuple(name for name in names if not (skips and skips.search(name)))
+        kept: dict[str, torch.Size] = {}
+        for name, buffer in net.named_buffers(remove_duplicate=False):
+            first = first_of.setdefault(identity(buffer), name)
+            if first != name:
+                aliases[name] = first
+            elif _persistent(net, name) and not (skips and skips.search(name)):
+                kept[name] = buffer.shape
         space = cls(shapes, {}, (), aliases, kept, buffers, left_out, skip)
         return space._grouped(_namer(group))
 
@@ -96,8 +102,8 @@ class ParamSpace:
         )
 
     def checkpoint_names(self) -> dict[str, list[str]]:
-        """For each merged tensor the names a checkpoint may hold it under, the canonical one first."""
-        names = {name: [name] for name in self.shapes}
+        """For each merged tensor and buffer the names a checkpoint may hold it under, the canonical one first."""
+        names = {name: [name] for name in (*self.shapes, *self.buffers)}
         for alias, first in self.aliases.items():
             if first in names:
                 names[first].append(alias)
@@ -120,14 +126,6 @@ class ParamSpace:
         groups: dict[str, int] = {}
         group_of = {name: groups.setdefault(name_of(name), len(groups)) for name in self.shapes}
         return replace(self, group_of=group_of, group_names=tuple(groups))
-
-
-def _identity(parameter: Tensor) -> Any:
-    """Equal for parameters that share their memory, whether or not they are one object."""
-    if parameter.is_meta or parameter.numel() == 0:
-        return id(parameter)
-    storage = parameter.untyped_storage().data_ptr()
-    return storage, parameter.storage_offset(), parameter.shape, parameter.stride()
 
 
 def _persistent(net: nn.Module, name: str) -> bool:

@@ -199,7 +199,9 @@ class _StoredVectors(TaskVectors):
             )
 
         if placement == "mmap":
-            self._map(read, observe, vectors.base, dtype)
+            # only vectors as they come are kept for other runs: a transform's code may change under the same name
+            key = _digest(self._fingerprint, str(dtype)) if isinstance(vectors, _OpenVectors) else None
+            self._map(read, observe, vectors.base, key if self._fingerprint else None)
         else:
             self._deltas = {name: read(name) for name in self.space.shapes}
             if observe is not None:
@@ -210,7 +212,7 @@ class _StoredVectors(TaskVectors):
         read: Callable[[str], DenseDeltas],
         observe: Observer | None,
         base: Callable[[str], Tensor],
-        dtype: torch.dtype | None,
+        key: str | None,
     ) -> None:
         """One safetensors file per tensor, so that writing never holds more than one tensor's vectors."""
 
@@ -220,12 +222,12 @@ class _StoredVectors(TaskVectors):
             if observe is not None:
                 observe.finish()
 
-        if self._fingerprint is None:
+        if key is None:
             folder = Path(tempfile.mkdtemp(prefix="adamerge-vectors-"))
             weakref.finalize(self, rmtree, folder, ignore_errors=True)
             build(folder)
         else:
-            folder = built_once(cache_dir() / "vectors" / _digest(self._fingerprint, str(dtype)), build)
+            folder = built_once(cache_dir() / "vectors" / key, build)
         for index, name in enumerate(self.space.shapes):
             if name not in self._bases:  # the folder was there, built and audited before
                 self._bases[name] = base(name).clone()

@@ -5,7 +5,7 @@ import shutil
 import signal
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -92,16 +92,19 @@ def train(
 
 
 def execute(job: Job) -> Run:
-    """Run a job: launch the processes, check everything, score the baselines, train, score, save."""
+    """Run a job: launch the processes, check everything, score the baselines, train, save, score."""
     pl.seed_everything(job.seed_everything, verbose=False)
+    _share_seed(job)
     trainer = _make_trainer(job)
     _launch(trainer)
     if not trainer.is_global_zero:
         log.setLevel(logging.ERROR)
     device = trainer.strategy.root_device
     checkpoint = _checkpoint_path(job.ckpt_path)
-    opened = _open(trainer, job)
-    opened.leave_out_unreachable({task: job.data.stream()[0][task] for task in job.data.tasks})
+    opened, first = _open(trainer, job), job.data.stream()[0]
+    if job.data.eval_split is not None:
+        job.data.datasets(job.data.eval_split)  # a missing split is said now
+    opened.leave_out_unreachable(first, device)
     raw = opened.load_vectors()
     model = trainer.precision_plugin.convert_module(opened.merged(raw)).to(device)
     module = AdaMerge(
@@ -113,13 +116,7 @@ def execute(job: Job) -> Run:
         num_classes=job.data.num_classes,
     )
     job.data.labels = "labels" in module.needs
-    record = _once(trainer, lambda: opened.record(model))
-    about = {
-        "seed": job.seed_everything,
-        "split": job.data.split,
-        "data": spec(job.data),
-        "objectives": spec(job.recipe.objectives),
-    }
+    record = {**_once(trainer, lambda: opened.record(model)), **_about(job)}
     folder = _once(trainer, lambda: _make_folder(job, 10 * sum(p.numel() * 4 for p in model.learnables().values())))
     _say_plan(job, opened, model, trainer, folder)
 
@@ -129,17 +126,39 @@ def execute(job: Job) -> Run:
         with trainer.precision_plugin.forward_context():
             return evaluate(candidate, {task: loaders[task] for task in tasks}, job.data.num_classes, device, convert)
 
+    def save(scores: Mapping[str, Scores]) -> None:
+        artifact.save(folder / "merge", model, {**record, "scores": dict(scores)})
+
     scores: dict[str, Scores] = {}
-    if job.run.baselines and not trainer.fast_dev_run:
+    if job.run.baselines and job.data.eval_split is not None and not trainer.fast_dev_run:
         with Console(stderr=True).status("Scoring the baselines …"):
             scores = {name: scored(candidate, tasks) for name, candidate, tasks in baselines(model, raw)}
     del raw
-    _add_to_run(trainer, job, folder, lambda: artifact.save(folder / "merge", model, record, about))
+    _add_to_run(trainer, job, folder, lambda: save(scores))
     _fit(trainer, module, job.data, checkpoint)
-    scores["this merge"] = scored(model.to(device), tuple(job.data.tasks))
-    about["scores"] = scores
-    _once(trainer, lambda: artifact.save(folder / "merge", model, record, about))
+    _once(trainer, lambda: save(scores))
+    if job.data.eval_split is not None:
+        scores["this merge"] = scored(model.to(device), tuple(job.data.tasks))
+        _once(trainer, lambda: save(scores))
     return Run(folder, scores, model.folded(), model)
+
+
+def _share_seed(job: Job) -> None:
+    """Seeds that are not given are the run's."""
+    if job.data.seed is None:
+        job.data.seed = job.seed_everything
+    if job.recipe.vectors.seed is None:
+        job.recipe.vectors = replace(job.recipe.vectors, seed=job.seed_everything)
+
+
+def _about(job: Job) -> dict[str, Any]:
+    """What a reader of the merge's record wants to know of how it was learned; not needed to load it."""
+    return {
+        "seed": job.seed_everything,
+        "split": job.data.split,
+        "data": spec(job.data, strict=False),
+        "objectives": spec(job.recipe.objectives, strict=False),
+    }
 
 
 def _open(trainer: pl.Trainer, job: Job) -> Opened:
@@ -248,6 +267,14 @@ def _make_folder(job: Job, need: int) -> Path:
             job.config or yaml.safe_dump({"model": spec(job.recipe), "data": spec(job.data), "trainer": job.trainer})
         )
     return folder.resolve()
+
+
+def _described(job: Job) -> str:
+    """The configuration of a job that was made from objects; what has no text form stands in angle brackets."""
+    parts = {"model": job.recipe, "data": job.data}
+    text = {key: spec(part, strict=False)["init_args"] for key, part in parts.items()}
+    plain = {"trainer": job.trainer, "run": job.run, "seed_everything": job.seed_everything, "ckpt_path": job.ckpt_path}
+    return yaml.safe_dump({**text, **spec(plain, strict=False)}, sort_keys=False)
 
 
 def _add_to_run(trainer: pl.Trainer, job: Job, folder: Path, save_merge: Callable[[], None]) -> None:

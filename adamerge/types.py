@@ -18,6 +18,10 @@ class InputError(ValueError):
     """What the user gave does not fit: says what, where and how to mend it. The command prints it as one paragraph."""
 
 
+class NonFiniteLoss(InputError):
+    """A loss or gradient became NaN or Inf; the learnables are those of the last good step."""
+
+
 @dataclass(frozen=True)
 class Term:
     """One part of an objective on one batch: divided only after both were summed over micro-batches and ranks."""

@@ -31,6 +31,14 @@ def median_seconds(calls: Mapping[str, Callable[[], Any]], *, repeats: int = 7) 
     return {name: median(each[1:]) for name, each in times.items()}
 
 
+def company() -> str:
+    """How busy other processes have kept the machine since the start: timings mean little unless it is near nothing."""
+    if _START is None:
+        return ""
+    wall, own, busy = (now - then for now, then in zip(_times(), _START, strict=True))
+    return f"; other processes took {max(0.0, busy - own) / wall / (os.cpu_count() or 1):.0%} of the machine meanwhile"
+
+
 def added_memory(call: Callable[[], Any], *, repeats: int = 3) -> int:
     """Bytes that the peak of a few calls adds to what stood before them (Linux)."""
 
@@ -48,7 +56,7 @@ def added_memory(call: Callable[[], Any], *, repeats: int = 3) -> int:
 
 def show(title: str, settings: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print one table in Markdown, with the settings and the machine above it."""
-    machine = f"torch {torch.__version__}, {torch.get_num_threads()} threads, {_processor()}{_company()}"
+    machine = f"torch {torch.__version__}, {torch.get_num_threads()} threads, {_processor()}"
     table = Table(box=box.MARKDOWN, show_edge=True)
     table.add_column(columns[0])
     for column in columns[1:]:
@@ -70,6 +78,8 @@ def keep_freed_memory() -> None:
 
 def quiet() -> None:
     """Keep Lightning's notices out of the output."""
+    import lightning.pytorch  # noqa: F401 - it sets its own level when it is first imported
+
     for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
@@ -79,14 +89,6 @@ def _processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _company() -> str:
-    """How busy other processes kept the machine since the start: small chunks on all threads suffer most from them."""
-    if _START is None:
-        return ""
-    wall, own, busy = (now - then for now, then in zip(_times(), _START, strict=True))
-    return f"; other processes took {max(0.0, busy - own) / wall / (os.cpu_count() or 1):.0%} of the machine meanwhile"
 
 
 def _times() -> tuple[float, float, float]:

@@ -1,7 +1,9 @@
-"""Claim: on five tasks over handwritten digits, learned coefficients beat the merges that need no training.
+"""Claim: five experts on handwritten digits merge best when coefficients are learned from labels.
 
-Accuracy on the test scans after adapting on others; entropy sees no labels, the last row sees those of the 500 scans it
-adapts on. What varies between seeds is the order of the samples, so rows without training have no spread.
+Entropy alone does not do it on this pool: it falls while the accuracy of `turned` falls with it, and the merge ends
+below task arithmetic, where it starts. Accuracy is on test scans that nothing was adapted on; entropy sees no labels,
+the last row sees those of the 500 scans it adapts on. What differs between seeds is the order of the samples, so rows
+without training have no spread.
 
     python benchmarks/digits.py
 """

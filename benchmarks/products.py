@@ -8,7 +8,7 @@ for the next call: what is timed are the products, not how fast the system hands
 """
 
 import torch
-from common import keep_freed_memory, median_seconds, show
+from common import company, keep_freed_memory, median_seconds, show
 
 from adamerge.deltas import DenseDeltas
 
@@ -48,7 +48,7 @@ def main() -> None:
             )
     show(
         "Effective bandwidth of combine (with base) and inner against Tensor.copy_ of the same vectors",
-        f"T * N * 4 = {BYTES / 1e6:.0f} MB; coefficients, base and gradient fp32; medians of 7 after a warm-up",
+        f"T * N * 4 = {BYTES / 1e6:.0f} MB; coefficients, base, gradient fp32; medians of 7 after a warm-up{company()}",
         ["vectors", "copy GB/s", "combine GB/s", "inner GB/s", "combine / copy", "inner / copy"],
         rows,
     )

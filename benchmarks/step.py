@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-from common import added_memory, median_seconds, show
+from common import added_memory, company, median_seconds, show
 from torch import Tensor, nn
 
 from adamerge.backbones import Module
@@ -134,17 +134,16 @@ def main() -> None:
         check(module(mode))
     seconds = median_seconds({name: make() for name, make in WAYS.items()}, repeats=REPEATS)
     best = min(time for name, time in seconds.items() if name.startswith("plain"))
-    met = {name: "" if name.startswith("plain") else "yes" if s <= AIM * best else "no" for name, s in seconds.items()}
-    space = VECTORS.space
+    space, others, rows = VECTORS.space, company(), []
+    for name, each in seconds.items():
+        met = "" if name.startswith("plain") else "yes" if each <= AIM * best else "no"
+        rows.append([name, f"{each:.3f}", f"{each / best:.2f}", met, f"{memory_of(name) / 1e6:.0f}"])
     show(
         "Step time of a layer-wise merge against a forward and backward of one model on the same batches",
-        f"{space.num_elements / 1e6:.1f} M parameters (P = {4 * space.num_elements / 1e6:.0f} MB), {PATCHES + 1} tokens, "
-        f"{len(TASKS)} tasks, {SAMPLES} samples each, fp32, {len(space.group_names)} groups; medians of {REPEATS}",
+        f"{space.num_elements / 1e6:.1f} M parameters (P = {4 * space.num_elements / 1e6:.0f} MB), {PATCHES + 1} "
+        f"tokens, {len(TASKS)} tasks of {SAMPLES} samples, fp32, {len(space.group_names)} groups; medians of {REPEATS}{others}",
         ["step", "seconds", "ratio to the best plain", f"at most {AIM}", "MB added at the peak"],
-        [
-            [name, f"{s:.3f}", f"{s / best:.2f}", met[name], f"{memory_of(name) / 1e6:.0f}"]
-            for name, s in seconds.items()
-        ],
+        rows,
     )
 
 

@@ -110,7 +110,11 @@ def test_other_groups_are_refused(run):
         {"backbone": {"class_path": "adamerge.backbones.Module", "init_args": {"build": "os.getcwd"}}},
         {"transforms": [{"class_path": "tests.tiny.Net"}]},
         {"task_modules": [{"class_path": "adamerge_evil.Module"}]},
-        {"objectives": [], "backbone": {"class_path": "Module", "init_args": {}}},
+        {"backbone": {"class_path": "Module", "init_args": {}}},
+        {"backbone": {"class_path": "adamerge.files.shutil", "init_args": {}}},
+        {"backbone": {"class_path": "adamerge.files.FileLock", "init_args": {}}},
+        {"backbone": {"class_path": "adamerge.backbones.Module", "init_args": {"build": "evil.pt"}}},
+        {"rule": {"class_path": "adamerge.checkpoints.json", "init_args": {}}},
     ],
 )
 def test_foreign_code_is_not_imported_without_trust(config, change):
@@ -118,6 +122,21 @@ def test_foreign_code_is_not_imported_without_trust(config, change):
     rewrite(run, **change)
     with pytest.raises(InputError, match=r"is not part of adamerge; pass trust=True"):
         adamerge.load(run.dir)
+
+
+@pytest.mark.parametrize("section", ["rule", "backbone", "transforms", "space", "vectors"])
+def test_text_is_never_parsed_for_code(config, section, tmp_path, monkeypatch):
+    (tmp_path / "evil_thing.py").write_text(
+        "import pathlib; pathlib.Path(__file__).with_name('ran').touch()\nclass X: pass\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    run = adamerge.train(
+        config({"backbone": {"class_path": "adamerge.backbones.Module", "init_args": {"build": "tests.tiny.Net"}}})
+    )
+    rewrite(run, **{section: '{"class_path": "evil_thing.X"}'})
+    with pytest.raises(InputError, match="cut short or damaged"):
+        adamerge.load(run.dir)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_our_own_demo_needs_no_trust(tmp_path):
@@ -137,7 +156,10 @@ def test_our_own_demo_needs_no_trust(tmp_path):
         (lambda d: (d / "merge.yaml").write_text("format: 99"), "is not of format 1"),
         (lambda d: (d / "merge.yaml").write_text("[1, 2"), "holds no saved merge"),
         (lambda d: (d / "merge.yaml").write_text("!!python/object/apply:os.getcwd []"), "holds no saved merge"),
-        (lambda d: (d / "merge.yaml").write_text("format: 1"), r"lacks \d+ entries"),
+        (
+            lambda d: (d / "merge.yaml").write_text("format: 1"),
+            "is cut short or damaged: labels, sources, backbone is missing",
+        ),
     ],
 )
 def test_damaged_artifacts(run, damage, message):
@@ -154,7 +176,7 @@ def test_a_full_disk_leaves_the_old_merge(run, monkeypatch):
 
     monkeypatch.setattr(artifact, "save_file", full)
     with pytest.raises(InputError, match=r"No space left on the disk of .* while saving merge"):
-        artifact.save(run.dir / "merge", run.learned, {}, {})
+        artifact.save(run.dir / "merge", run.learned, {})
     assert {path.name: path.read_bytes() for path in (run.dir / "merge").iterdir()} == before
     assert [path.name for path in run.dir.iterdir() if ".tmp" in path.name or ".old" in path.name] == []
 

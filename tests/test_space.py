@@ -15,7 +15,7 @@ def test_every_parameter_is_merged_or_left_out_with_its_reason():
     assert space.left_out == {"frozen": "skipped", "unused": "not reached by the loss"}
     assert "skipped: 1 (frozen)" in space.describe()
     assert "not reached by the loss: 1 (unused)" in space.describe()
-    assert space.buffers == ("norm.running_mean", "norm.running_var", "norm.num_batches_tracked")
+    assert tuple(space.buffers) == ("norm.running_mean", "norm.running_var", "norm.num_batches_tracked")
 
 
 def test_tied_tensors_appear_once_under_their_first_name():

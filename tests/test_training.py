@@ -88,7 +88,10 @@ def test_objects_do_as_well(pool, tmp_path, config):
         space=SpaceOptions(skip=r"^head\."),
     )
     run = adamerge.train(
-        recipe, data_of(), trainer={"max_steps": 4, "accelerator": "cpu"}, run=adamerge.RunOptions(root=str(tmp_path / "runs"))
+        recipe,
+        data_of(),
+        trainer={"max_steps": 4, "accelerator": "cpu"},
+        run=adamerge.RunOptions(root=str(tmp_path / "runs")),
     )
     assert_equal(learned(run), learned(adamerge.train(config())))
     assert (run.dir / "config.yaml").stat().st_size > 100

@@ -5,6 +5,7 @@ from torch.utils.data import Dataset
 
 from adamerge.data.base import TaskData, TensorTask
 from adamerge.demo import digits
+from adamerge.types import InputError
 
 
 class Digits(TaskData):
@@ -12,9 +13,14 @@ class Digits(TaskData):
 
     Args:
         task: digit, turned, inverted, parity or large.
+
+    Raises:
+        InputError: Another task.
     """
 
     def __init__(self, task: str) -> None:
+        if task not in digits.TASKS:
+            raise InputError(f"The digits have the tasks {', '.join(digits.TASKS)}; asked for '{task}'.")
         self._task = task
 
     @property

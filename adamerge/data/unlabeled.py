@@ -18,10 +18,10 @@ class UnlabeledTasks(Recorded, pl.LightningDataModule):
         tasks: Data per task; the names are those of the experts.
         batch_size: Samples per task, step and rank.
         split: The split adapted on; its labels are not looked at unless an objective is supervised.
-        eval_split: The split evaluated on.
+        eval_split: The split evaluated on; none for tasks without labels, then nothing is scored.
         eval_batch_size: Samples per forward in evaluation.
         num_workers: Processes that prepare batches; each prepares whole steps.
-        seed: Seeds the order of the samples and any randomness in them.
+        seed: Seeds the order of the samples and any randomness in them; by default the run's seed.
 
     Raises:
         InputError: No tasks, or a size below 1.
@@ -33,10 +33,10 @@ class UnlabeledTasks(Recorded, pl.LightningDataModule):
         *,
         batch_size: int = 16,
         split: str = "train",
-        eval_split: str = "test",
+        eval_split: str | None = "test",
         eval_batch_size: int = 256,
         num_workers: int = 0,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         if not tasks:
@@ -81,7 +81,7 @@ class UnlabeledTasks(Recorded, pl.LightningDataModule):
         return StepStream(
             self.datasets(self.split),
             batch_size=self.batch_size,
-            seed=self.seed,
+            seed=self.seed or 0,
             rank=rank,
             world_size=world_size,
             labels=self.labels,
@@ -100,7 +100,9 @@ class UnlabeledTasks(Recorded, pl.LightningDataModule):
 
     def eval_loaders(self, rank: int = 0, world_size: int = 1) -> dict[str, DataLoader[Batch]]:
         """One loader per task over this rank's share of the evaluation split; no sample stands in two shares."""
-        loaders = {}
+        loaders: dict[str, DataLoader[Batch]] = {}
+        if self.eval_split is None:
+            return loaders
         for task, dataset in self.datasets(self.eval_split).items():
             share = Subset(dataset, range(rank, len(dataset), world_size))  # type: ignore[arg-type]
             loaders[task] = DataLoader(share, batch_size=self.eval_batch_size, num_workers=self.num_workers)

@@ -41,7 +41,7 @@ class Trim(Transform):
             for name in vectors.space.shapes:
                 for task, bits in enumerate(_magnitude_bits(vectors.deltas(name).dense())):
                     picked = bits >> 16 if half == "high" else (bits & (_HALF - 1))[bits >> 16 == high_T[task]]
-                    count[task] += torch.bincount(picked.reshape(-1), minlength=_HALF)
+                    count[task] += torch.bincount(picked.reshape(-1), minlength=_HALF).cpu()
             for task in range(num_tasks):
                 from_top = count[task].flip(0).cumsum(0)
                 place = int(torch.searchsorted(from_top, rest_T[task]))
