@@ -127,7 +127,8 @@ def _path(value: Any, strict: bool) -> str:
         return f"{module}.{name}"
     if not strict:
         return f"<{name or type(value).__name__}>"
+    what = f"A {type(value).__name__} ({name or 'without a name'})"
     raise InputError(
-        f"A {type(value).__name__} ({name or 'without a name'}) cannot be written down in the record of the merge, so it "
-        "could not be loaded again. Give a class or function that can be imported by name, from a module of its own."
+        f"{what} cannot be written down in the merge's record, so it could not be loaded again. "
+        "Give a class or function that can be imported by name, from a module of its own."
     )

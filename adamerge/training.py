@@ -263,9 +263,7 @@ def _make_folder(job: Job, need: int) -> Path:
             f"{gigabytes(need + 10_000_000)}. Free some, or choose another `run.root`."
         )
     with atomic_file(folder / "config.yaml") as new:
-        new.write_text(
-            job.config or yaml.safe_dump({"model": spec(job.recipe), "data": spec(job.data), "trainer": job.trainer})
-        )
+        new.write_text(job.config or _described(job))
     return folder.resolve()
 
 

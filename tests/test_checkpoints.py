@@ -322,6 +322,37 @@ def test_an_untied_expert_of_a_tied_network_is_refused():
         load(pool, TiedNet)
 
 
+def test_every_copy_of_a_tied_tensor_is_compared():
+    class Thrice(TiedNet):
+        def __init__(self):
+            super().__init__()
+            self.third = torch.nn.Linear(6, 6)
+            self.third.weight = self.inner.weight
+
+    pool = states(Thrice)
+    pool["b"]["third.weight"] = pool["b"]["third.weight"] + 1
+    with pytest.raises(InputError, match=r"network ties but that differ here"):
+        load(pool, Thrice)
+
+
+def test_a_buffer_of_another_shape_is_refused():
+    pool = states(NormNet)
+    pool["base"]["norm.running_mean"] = torch.zeros(1)
+    with pytest.raises(InputError, match=r"norm.running_mean is \[1\], the network's \[6\]"):
+        load(pool, NormNet)
+
+
+def test_a_module_used_twice_has_its_buffers_under_either_name():
+    class Twice(NormNet):
+        def __init__(self):
+            super().__init__()
+            self.again = self.norm
+
+    pool = states(Twice)
+    assert ParamSpace.of(Twice()).aliases["again.running_mean"] == "norm.running_mean"
+    load(pool, Twice)
+
+
 def test_no_experts():
     with pytest.raises(InputError, match="There are no experts"):
         load({"base": states()["base"]})

@@ -24,11 +24,18 @@ def merge_all(rule, vectors):
 
 def perturb(rule):
     """Learnables away from their symmetric start, the same for a task and group whatever their order."""
+    labels = {"task": rule.tasks, "group": rule.groups}
     with torch.no_grad():
-        for parameter in rule.parameters():
-            rows = torch.tensor([float(sum(map(ord, task))) for task in rule.tasks])[:, None]
-            columns = torch.tensor([float(sum(map(ord, group)) % 17) for group in rule.groups])[None]
-            parameter.add_(0.1 * torch.sin(rows + columns))
+        for name, parameter in rule.named_parameters():
+            phase = torch.zeros(())
+            for kind in rule.axes.get(name, (None,) * parameter.dim()):
+                along = (
+                    [float(sum(map(ord, label)) % 17) for label in labels[kind]]
+                    if kind
+                    else [0.0] * parameter.shape[phase.dim()]
+                )
+                phase = phase[..., None] + torch.tensor(along)
+            parameter.add_(0.1 * torch.sin(1 + phase))
 
 
 def snapshot(vectors):

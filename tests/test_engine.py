@@ -148,6 +148,24 @@ def test_tied_weights_are_one_and_get_both_gradients():
         assert placed.outer.weight is placed.inner.weight
 
 
+def test_parameters_that_share_memory_as_two_objects_are_both_swapped():
+    class Shared(Net):
+        def __init__(self):
+            super().__init__()
+            self.blocks[1][1].weight.data = self.blocks[0][1].weight.data
+
+    model = merged_of(Shared)
+    with model.applied() as net:
+        assert net.blocks[1][1].weight is net.blocks[0][1].weight
+        assert not torch.equal(net.blocks[1][1].weight, model.vectors.base("blocks.0.1.weight"))
+
+
+def test_materialising_inside_the_block_is_refused():
+    model = merged_of()
+    with model.applied(), pytest.raises(RuntimeError, match="materialize outside"):
+        model.materialize()
+
+
 def test_nothing_frozen_is_changed_or_seen():
     model = merged_of(NormNet)
     assert {name.split(".")[0] for name, _ in model.named_parameters()} == {"rule", "task_modules"}

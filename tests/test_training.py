@@ -4,6 +4,7 @@ import csv
 import math
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
@@ -169,6 +170,9 @@ def test_resume_with_other_tasks_or_sources_is_refused(config, pool, tmp_path):
     trimmed = config({"transforms": [{"class_path": "adamerge.transforms.Trim"}]})
     with pytest.raises(InputError, match=r"`ckpt_path` was trained on other task vectors"):
         adamerge.train(trimmed, ckpt_path=str(part.dir))
+    sgd = {"optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 1e-3}}}
+    with pytest.raises(InputError, match=r"`ckpt_path` was trained with Adam, this run has SGD"):
+        adamerge.train(config(sgd), ckpt_path=str(part.dir))
     with pytest.raises(InputError, match="no checkpoint at"):
         adamerge.train(config(), ckpt_path=str(tmp_path / "gone"))
 
@@ -215,6 +219,45 @@ def test_random_transforms_repeat_over_hash_seeds_and_task_order(config):
     )  # sums in another order
 
 
+def test_the_runs_seed_seeds_the_data_unless_it_has_its_own(config):
+    zero, one = (learned(adamerge.train(config(), seed_everything=seed)) for seed in (0, 1))
+    assert not torch.equal(zero["rule.raw_TG"], one["rule.raw_TG"])
+    assert_equal(zero, learned(adamerge.train(config(data={"seed": 0}), seed_everything=1)))
+
+
+def test_tasks_without_labels_are_merged_and_not_scored(config):
+    run = adamerge.train(config(data={"eval_split": None}, run={"baselines": True}))
+    assert run.scores == {}
+    assert (run.dir / "merge" / "merge.yaml").exists()
+    assert "Run directory" in str(run)
+
+
+def test_a_missing_evaluation_split_is_said_before_training(config):
+    with pytest.raises(InputError, match="There is no split 'validation'"):
+        adamerge.train(config(data={"eval_split": "validation"}))
+
+
+def test_data_held_in_memory_does(pool, tmp_path):
+    from adamerge.backbones import Module
+    from adamerge.data import TensorTask, UnlabeledTasks
+    from adamerge.recipe import SpaceOptions
+    from tests.tiny import CLASSES, INPUT, Net
+
+    def held(task):
+        split = torch.randn(12, INPUT), torch.zeros(12, dtype=torch.int64)
+        return TensorTask([str(c) for c in range(CLASSES[task])], train=split, test=split)
+
+    experts = {task: str(pool[task]) for task in TASKS}
+    recipe = adamerge.Recipe(str(pool["base"]), experts, Module(Net), space=SpaceOptions(skip=r"^head\."))
+    data = UnlabeledTasks({task: held(task) for task in TASKS})
+    trainer = {"max_steps": 2, "accelerator": "cpu", "callbacks": [pl.Callback()]}
+    run = adamerge.train(recipe, data, trainer=trainer, run=adamerge.RunOptions(root=str(tmp_path / "runs")))
+    described = yaml.safe_load((run.dir / "config.yaml").read_text())
+    assert described["trainer"]["callbacks"] == ["<Callback>"]
+    assert described["model"]["experts"]["b"] == str(pool["b"])
+    assert adamerge.load(run.dir, trust=True).tasks == TASKS
+
+
 # --- what goes wrong
 
 
@@ -227,6 +270,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_merge(config):
     (saved,) = (good.dir.parent.parent / "bad").iterdir()
     merge = open_merge(saved, trust=True)
     assert torch.equal(merge.rule.raw_TG, learned(good)["rule.raw_TG"])
+    assert not (saved / "checkpoints" / "last.ckpt").exists()  # nothing broken to go on from
 
 
 class Breaks(adamerge.Objective):

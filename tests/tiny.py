@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from adamerge.backbones import Module
 from adamerge.data import TensorTask, UnlabeledTasks
 from adamerge.merged import MergedModel
+from adamerge.modules import identity
 from adamerge.objectives import Objective
 from adamerge.rules import LayerWise
 from adamerge.space import ParamSpace
@@ -116,14 +117,14 @@ def states(
     pool = {"base": base}
     for task in tasks:
         generator = torch.Generator().manual_seed(1000 + sum(map(ord, task)))
-        moved: dict[int, Tensor] = {}
+        moved: dict[Any, Tensor] = {}
         pool[task] = {}
         for name, tensor in net().state_dict(keep_vars=True).items():
-            if tensor.is_floating_point() and id(tensor) not in moved:
-                moved[id(tensor)] = base[name] + scale * torch.randn(tensor.shape, generator=generator).abs_().mul_(
-                    torch.randint(0, 2, tensor.shape, generator=generator) * 2 - 1
-                )
-            pool[task][name] = moved.get(id(tensor), base[name]).clone()
+            if tensor.is_floating_point() and identity(tensor) not in moved:
+                moved[identity(tensor)] = base[name] + scale * torch.randn(
+                    tensor.shape, generator=generator
+                ).abs_().mul_(torch.randint(0, 2, tensor.shape, generator=generator) * 2 - 1)
+            pool[task][name] = moved.get(identity(tensor), base[name]).clone()
         if heads:
             pool[task]["head.weight"] = torch.randn(CLASSES[task], WIDTH, generator=generator)
             pool[task]["head.bias"] = torch.randn(CLASSES[task], generator=generator)
