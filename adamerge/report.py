@@ -27,6 +27,17 @@ def score_table(scores: Mapping[str, Scores], *, title: str = "Accuracy in %") -
     return rendered(table)
 
 
+def gain(scores: Mapping[str, Scores]) -> str:
+    """How the last row stands to the best of the merges that needed no training, in points of mean accuracy."""
+    *before, last = scores
+    rivals = {row: mean(scores[row]) for row in before if not row.startswith("expert ")}
+    if not rivals:
+        return f"{last}: {100 * mean(scores[last]):.1f}"
+    best = max(rivals, key=lambda row: rivals[row])
+    points = 100 * (mean(scores[last]) - rivals[best])
+    return f"{last}: {abs(points):.1f} points {'above' if points >= 0 else 'below'} the best without training ({best})"
+
+
 def mean(scores: Scores) -> float:
     """The plain mean over tasks."""
     return sum(scores.values()) / max(1, len(scores))

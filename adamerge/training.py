@@ -30,7 +30,7 @@ from adamerge.merged import MergedModel, MultiTaskModel
 from adamerge.module import AdaMerge, adam
 from adamerge.recipe import Opened, Recipe
 from adamerge.recorded import spec
-from adamerge.report import duration, gigabytes, score_table
+from adamerge.report import duration, gain, gigabytes, score_table
 from adamerge.types import InputError
 
 log = logging.getLogger("adamerge")
@@ -39,6 +39,7 @@ _Result = TypeVar("_Result")
 _EXPECTED = (  # warnings of Lightning's about what is meant here
     r"Found \d+ module\(s\) in eval mode",  # frozen parts stay in eval
     r"Experiment logs directory .* exists and is not empty",  # metrics.csv joins config.yaml in the run's own directory
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own use of torch
     r".*does not have many workers",  # small tasks are held in memory
     r"The dirpath has changed",  # a resumed run has a directory of its own
     r"Be aware that when using `ckpt_path`",  # how often to checkpoint may change from run to run
@@ -62,7 +63,8 @@ class Run:
     learned: MergedModel
 
     def __str__(self) -> str:
-        return f"{score_table(self.scores)}\nRun directory: {self.dir}"
+        scores = f"{score_table(self.scores)}\n{gain(self.scores)}\n" if self.scores else "Nothing was scored.\n"
+        return f"{scores}Run directory: {self.dir}"
 
 
 def train(

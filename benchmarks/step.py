@@ -141,7 +141,8 @@ def main() -> None:
     show(
         "Step time of a layer-wise merge against a forward and backward of one model on the same batches",
         f"{space.num_elements / 1e6:.1f} M parameters (P = {4 * space.num_elements / 1e6:.0f} MB), {PATCHES + 1} "
-        f"tokens, {len(TASKS)} tasks of {SAMPLES} samples, fp32, {len(space.group_names)} groups; medians of {REPEATS}{others}",
+        f"tokens, {len(TASKS)} tasks of {SAMPLES} samples, fp32, {len(space.group_names)} groups; "
+        f"medians of {REPEATS}{others}",
         ["step", "seconds", "ratio to the best plain", f"at most {AIM}", "MB added at the peak"],
         rows,
     )
