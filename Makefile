@@ -30,6 +30,8 @@ format: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/products.py
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/sizes.py
+	$(BIN)/python benchmarks/digits.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

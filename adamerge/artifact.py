@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from adamerge.files import atomic_dir, digest
 from adamerge.learnables import labels_of, load_state, state_of
-from adamerge.merged import MergedModel, MultiTaskModel
+from adamerge.merged import MergedModel
+from adamerge.multitask import MultiTaskModel
 from adamerge.recipe import Recipe, SpaceOptions, VectorOptions
 from adamerge.recorded import foreign, revive
 from adamerge.types import InputError, raise_all

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from adamerge.merged import MergedModel, MultiTaskModel
+from adamerge.merged import MergedModel
+from adamerge.multitask import MultiTaskModel
 from adamerge.rules import TaskWise
 from adamerge.task_vectors import TaskVectors
 from adamerge.transforms import ElectSign, Trim

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -11,82 +11,12 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from adamerge.backbones import Backbone
 from adamerge.modules import FrozenStore, parameter_sites, swapped
+from adamerge.multitask import Chains, MultiTaskModel
 from adamerge.rules import MergeRule
-from adamerge.task_modules import TaskModule
 from adamerge.task_vectors import TaskVectors
-from adamerge.types import Batch, InputError, TaskOutput
+from adamerge.types import Batch, InputError
 
 ApplyMode = Literal["leaf", "swap"]
-Chains = Mapping[str, Sequence[TaskModule]]
-
-
-class MultiTaskModel(nn.Module):
-    """model(batch, task="svhn") -> logits [B, C]: one network and per task the modules after its features.
-
-    Attributes:
-        tasks: The names it answers to.
-    """
-
-    def __init__(self, backbone: Backbone, net: nn.Module, chains: Chains) -> None:
-        super().__init__()
-        self.backbone, self.tasks = backbone, tuple(chains)
-        self.net = net
-        self.task_modules = nn.ModuleList(nn.ModuleList(chain) for chain in chains.values())
-
-    def chain(self, task: str | None) -> list[TaskModule]:
-        """The task's modules, in the order they are applied.
-
-        Raises:
-            InputError: No such task.
-        """
-        if task not in self.tasks:
-            raise InputError(
-                f"The model knows the tasks {', '.join(self.tasks)}; asked for {task!r}; call model(batch, task=…)."
-            )
-        chain = self.task_modules[self.tasks.index(task)]
-        assert isinstance(chain, nn.ModuleList)
-        return [module for module in chain if isinstance(module, TaskModule)]
-
-    @contextmanager
-    def attached(self, task: str | None) -> Iterator[None]:
-        """The task's modules at work inside the network; the block must span forward and backward."""
-        with ExitStack() as stack:
-            for module in self.chain(task):
-                stack.enter_context(module.attach(self.bare_net()))
-            yield
-
-    def bare_net(self) -> nn.Module:
-        """The network itself."""
-        return self.net
-
-    def features(self, batch: Batch) -> Tensor:
-        """Merged features [B, D], before any task's modules."""
-        return self.backbone.features(self.bare_net(), batch)
-
-    def answer(self, task: str | None, features_BD: Tensor) -> TaskOutput:
-        """From merged features to the task's output, in at least fp32; its features are what enters the last module."""
-        features = features_BD.to(torch.promote_types(features_BD.dtype, torch.float32))
-        *before, last = self.chain(task)
-        for module in before:
-            features = module(features)
-        return TaskOutput(str(task), features, last(features).to(features.dtype))
-
-    def respond(self, task: str | None, batch: Batch) -> TaskOutput:
-        """The task's output on a batch, with whatever weights stand in the network."""
-        return self.answer(task, self.features(batch))
-
-    def forward(self, batch: Batch, task: str | None = None) -> Tensor:
-        with self.attached(task):
-            return self.respond(task, batch).logits_BC
-
-    def train(self, mode: bool = True) -> Any:
-        """Frozen parts stay in eval, so that dropout and BatchNorm never move."""
-        super().train(mode)
-        self.net.eval()
-        for module in self.modules():
-            if isinstance(module, TaskModule) and not any(p.requires_grad for p in module.parameters()):
-                module.eval()
-        return self
 
 
 class _Skeleton(FrozenStore):

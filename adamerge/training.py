@@ -1,21 +1,17 @@
 """From a recipe, data and a trainer's options to a learned merge, on one process or many."""
 
 import logging
-import shutil
 import signal
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import lightning.pytorch as pl
-import yaml
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 
@@ -24,17 +20,18 @@ from adamerge.callbacks import GracefulStop, SaveOnException
 from adamerge.config import parse
 from adamerge.data import UnlabeledTasks
 from adamerge.evaluation import Scores, baselines, evaluate
-from adamerge.files import atomic_file
 from adamerge.job import TRAINER_DEFAULTS, Job
-from adamerge.merged import MergedModel, MultiTaskModel
+from adamerge.merged import MergedModel
 from adamerge.module import AdaMerge, adam
+from adamerge.multitask import MultiTaskModel
+from adamerge.plan import plan
+from adamerge.processes import launch, once
 from adamerge.recipe import Opened, Recipe
-from adamerge.recorded import spec
-from adamerge.report import duration, gain, gigabytes, score_table
+from adamerge.report import gain, score_table
+from adamerge.run_folder import about, make_folder
 from adamerge.types import InputError
 
 log = logging.getLogger("adamerge")
-_Result = TypeVar("_Result")
 
 _EXPECTED = (  # warnings of Lightning's about what is meant here
     r"Found \d+ module\(s\) in eval mode",  # frozen parts stay in eval
@@ -98,7 +95,7 @@ def execute(job: Job) -> Run:
     pl.seed_everything(job.seed_everything, verbose=False)
     _share_seed(job)
     trainer = _make_trainer(job)
-    _launch(trainer)
+    launch(trainer)
     if not trainer.is_global_zero:
         log.setLevel(logging.ERROR)
     device = trainer.strategy.root_device
@@ -118,9 +115,11 @@ def execute(job: Job) -> Run:
         num_classes=job.data.num_classes,
     )
     job.data.labels = "labels" in module.needs
-    record = {**_once(trainer, lambda: opened.record(model)), **_about(job)}
-    folder = _once(trainer, lambda: _make_folder(job, 10 * sum(p.numel() * 4 for p in model.learnables().values())))
-    _say_plan(job, opened, model, trainer, folder)
+    record = {**once(trainer, lambda: opened.record(model)), **about(job)}
+    folder = once(trainer, lambda: make_folder(job, 10 * sum(p.numel() * 4 for p in model.learnables().values())))
+    if job.data.split == job.data.eval_split:
+        log.warning("Adapting on the split '%s' that is also evaluated on: scores are transductive.", job.data.split)
+    log.info("%s", plan(job, opened, model, trainer.max_steps, trainer.world_size, folder))
 
     def scored(candidate: MultiTaskModel, tasks: Sequence[str]) -> Scores:
         loaders = job.data.eval_loaders(trainer.global_rank, trainer.world_size)
@@ -138,10 +137,10 @@ def execute(job: Job) -> Run:
     del raw
     _add_to_run(trainer, job, folder, lambda: save(scores))
     _fit(trainer, module, job.data, checkpoint)
-    _once(trainer, lambda: save(scores))
+    once(trainer, lambda: save(scores))
     if job.data.eval_split is not None:
         scores["this merge"] = scored(model.to(device), tuple(job.data.tasks))
-        _once(trainer, lambda: save(scores))
+        once(trainer, lambda: save(scores))
     return Run(folder, scores, model.folded(), model)
 
 
@@ -153,20 +152,10 @@ def _share_seed(job: Job) -> None:
         job.recipe.vectors = replace(job.recipe.vectors, seed=job.seed_everything)
 
 
-def _about(job: Job) -> dict[str, Any]:
-    """What a reader of the merge's record wants to know of how it was learned; not needed to load it."""
-    return {
-        "seed": job.seed_everything,
-        "split": job.data.split,
-        "data": spec(job.data, strict=False),
-        "objectives": spec(job.recipe.objectives, strict=False),
-    }
-
-
 def _open(trainer: pl.Trainer, job: Job) -> Opened:
     """Rank 0 checks the sources first, alone: it hashes, builds demos, and its error ends every rank."""
     mine = []
-    _once(trainer, lambda: mine.append(job.recipe.open(job.data.num_classes)))  # what stays here cannot travel
+    once(trainer, lambda: mine.append(job.recipe.open(job.data.num_classes)))  # what stays here cannot travel
     return mine[0] if mine else job.recipe.open(job.data.num_classes)
 
 
@@ -199,32 +188,6 @@ def _make_trainer(job: Job) -> pl.Trainer:
     return trainer
 
 
-def _launch(trainer: pl.Trainer) -> None:
-    """Start the other processes and the process group now, for checks and baselines; `fit` finds them running."""
-    launcher = trainer.strategy.launcher
-    if launcher is not None and not isinstance(launcher, _SubprocessScriptLauncher):
-        raise InputError(
-            "Several devices need a process each: run `python -m adamerge.fit`, or set `trainer.devices` to 1 here."
-        )
-    if launcher is not None:
-        launcher.launch(lambda: None, trainer=trainer)
-    trainer.strategy.setup_environment()
-
-
-def _once(trainer: pl.Trainer, work: Callable[[], _Result]) -> _Result:
-    """Do something on rank 0; all ranks get its result, or its error."""
-    outcome: tuple[Any, BaseException | None] = (None, None)
-    if trainer.is_global_zero:
-        try:
-            outcome = (work(), None)
-        except Exception as error:
-            outcome = (None, error)
-    result, failure = trainer.strategy.broadcast(outcome)
-    if failure is not None:
-        raise failure
-    return result
-
-
 def _checkpoint_path(path: str | None) -> str | None:
     if path is None:
         return None
@@ -235,46 +198,6 @@ def _checkpoint_path(path: str | None) -> str | None:
             f"`ckpt_path` is '{path}', but there is no checkpoint at {file}; name a .ckpt file or a run's directory."
         )
     return str(file)
-
-
-def _make_folder(job: Job, need: int) -> Path:
-    """A fresh run directory on a disk with room for `need` bytes, and a little more."""
-    if job.run.dir is not None:
-        folder = Path(job.run.dir).expanduser()
-        if folder.exists():
-            raise InputError(
-                f"`run.dir` {folder} exists already and is not overwritten: choose another, or leave it out."
-            )
-        folder.mkdir(parents=True)
-    else:
-        stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-        home = Path(job.run.root).expanduser() / job.run.name
-        home.mkdir(parents=True, exist_ok=True)
-        for number in range(1, 1000):
-            folder = home / (stamp if number == 1 else f"{stamp}-{number}")
-            try:
-                folder.mkdir()
-                break
-            except FileExistsError:
-                continue
-    free = shutil.disk_usage(folder).free
-    if free < need + 10_000_000:
-        folder.rmdir()
-        raise InputError(
-            f"The disk of {folder.parent} has {gigabytes(free)} left; the run's merge and checkpoints want "
-            f"{gigabytes(need + 10_000_000)}. Free some, or choose another `run.root`."
-        )
-    with atomic_file(folder / "config.yaml") as new:
-        new.write_text(job.config or _described(job))
-    return folder.resolve()
-
-
-def _described(job: Job) -> str:
-    """The configuration of a job that was made from objects; what has no text form stands in angle brackets."""
-    parts = {"model": job.recipe, "data": job.data}
-    text = {key: spec(part, strict=False)["init_args"] for key, part in parts.items()}
-    plain = {"trainer": job.trainer, "run": job.run, "seed_everything": job.seed_everything, "ckpt_path": job.ckpt_path}
-    return yaml.safe_dump({**text, **spec(plain, strict=False)}, sort_keys=False)
 
 
 def _add_to_run(trainer: pl.Trainer, job: Job, folder: Path, save_merge: Callable[[], None]) -> None:
@@ -312,29 +235,3 @@ def _fit(trainer: pl.Trainer, module: AdaMerge, data: UnlabeledTasks, checkpoint
         if stop is not None and stop.received == signal.SIGINT:
             raise KeyboardInterrupt from None
         raise SystemExit(128 + signal.SIGTERM) from None
-
-
-def _say_plan(job: Job, opened: Opened, model: MergedModel, trainer: pl.Trainer, folder: Path) -> None:
-    space, tasks = opened.space, model.tasks
-    size = sum(parameter.numel() for parameter in model.learnables().values())
-    vectors = sum(
-        model.vectors.deltas(name).dtype.itemsize * shape.numel() for name, shape in space.shapes.items()
-    ) * len(tasks)
-    one_model = 4 * space.num_elements
-    copies = 3 if model.apply_mode == "leaf" else 2
-    steps = trainer.max_steps if trainer.max_steps > 0 else 0
-    lines = {
-        "Tasks": f"{len(tasks)}: {', '.join(tasks)}",
-        "Merging": space.describe(),
-        "Learning": f"{size:,} numbers by {type(model.rule).__name__}, on split '{job.data.split}', "
-        f"{job.data.batch_size} samples per task and step on {trainer.world_size} rank{'s' * (trainer.world_size > 1)}",
-        "Memory": f"about {gigabytes(vectors + copies * one_model)} for base, merged weights and task vectors "
-        f"(placement: {job.recipe.vectors.placement}); activations beside",
-        "Time": f"about {duration(steps * len(tasks) * opened.seconds * 1.2)} for {steps} steps"
-        if steps
-        else "as long as the trainer says",
-        "Run": str(folder),
-    }
-    if job.data.split == job.data.eval_split:
-        log.warning("Adapting on the split '%s' that is also evaluated on: scores are transductive.", job.data.split)
-    log.info("%s", "\n".join(f"{name + ':':<10}{text}" for name, text in lines.items()))

@@ -339,7 +339,7 @@ def test_a_full_disk_is_noticed_before_training(config, monkeypatch, tmp_path):
     from collections import namedtuple
 
     usage = namedtuple("usage", "free")
-    monkeypatch.setattr("adamerge.training.shutil.disk_usage", lambda folder: usage(1_000_000))
+    monkeypatch.setattr("adamerge.run_folder.shutil.disk_usage", lambda folder: usage(1_000_000))
     with pytest.raises(InputError, match=r"has 1.0 MB left; the run's merge and checkpoints want 10.0 MB"):
         adamerge.train(config())
     assert not list((tmp_path / "runs" / "merge").iterdir())
