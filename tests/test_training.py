@@ -194,6 +194,24 @@ def test_filters_and_micro_batches_agree_in_a_run(config):
     assert_equal(learned(whole), learned(parts), exact=False)
 
 
+@pytest.mark.parametrize("placement", ["cpu", "mmap"])
+@pytest.mark.parametrize("transforms", [[], [{"class_path": "adamerge.transforms.Trim"}]], ids=["raw", "trimmed"])
+def test_where_the_vectors_are_kept_changes_no_bit(config, placement, transforms, tmp_path, monkeypatch):
+    monkeypatch.setenv("ADAMERGE_CACHE", str(tmp_path / "cache"))
+    plain = adamerge.train(config({"transforms": transforms}))
+    kept = adamerge.train(config({"transforms": transforms, "vectors": {"placement": placement}}))
+    assert_equal(learned(plain), learned(kept))
+    again = adamerge.load(kept.dir, trust=True).net.stem.weight
+    assert torch.equal(again, plain.merge.net.stem.weight)
+
+
+def test_narrow_vectors_learn_nearly_the_same(config):
+    plain = learned(adamerge.train(config()))["rule.raw_TG"]
+    narrow = learned(adamerge.train(config({"vectors": {"dtype": "bfloat16"}})))["rule.raw_TG"]
+    assert not torch.equal(plain, narrow)
+    assert (plain - narrow).abs().max() < 1e-4  # vectors rounded to 8 bits; four Adam steps of 1e-3
+
+
 def test_golden(config):
     """A seeded run against numbers kept in a file; a change of the mathematics shows here."""
     run = adamerge.train(config({"task_modules": SHIFT}, trainer={"max_steps": 10, "log_every_n_steps": 1}))

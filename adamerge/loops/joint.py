@@ -58,8 +58,10 @@ class Joint(Loop):
         tally = Tally()
         with module.model.step() as step:
             if self._concatenates(module):
-                outs = _answers(module.model, batches)
-                losses = [tally.loss(out.task, module.terms(out, batches[out.task])) for out in outs]
+                losses = []
+                for out in _answers(module.model, batches):
+                    terms = module.terms(out, batches[out.task])
+                    losses.append(tally.loss(out.task, terms, sum_over_ranks(counts_of(terms))))
                 step.backward(torch.stack(losses).sum())
             else:
                 for task, batch in batches.items():
@@ -72,20 +74,20 @@ class Joint(Loop):
         size = batch_size(batch)
         width = min(self.micro_batch or size, size)
         parts = [{key: value[i : i + width] for key, value in batch.items()} for i in range(0, size, width)]
-        counts = self._counts(module, task, parts) if len(parts) > 1 else None
+        counts = self._filtered_counts(module, task, parts) if len(parts) > 1 else None
         for part in parts:
-            step.backward(tally.loss(task, module.terms(module.model.respond(task, part), part), counts))
+            terms = module.terms(module.model.respond(task, part), part)
+            if counts is None:
+                counts = sum_over_ranks(counts_of(terms) * (size / batch_size(part)))
+            step.backward(tally.loss(task, terms, counts))
 
     @torch.no_grad()
-    def _counts(self, module: "AdaMerge", task: str, parts: Sequence[Batch]) -> Tensor:
-        """The terms' counts over all parts and ranks; known from the first part unless an objective filters."""
-        filtered = any(objective.filters for objective in module.objectives)
-        passed = [
-            counts_of(module.terms(module.model.respond(task, part), part))
-            for part in (parts if filtered else parts[:1])
-        ]
-        local = torch.stack(passed).sum(0) if filtered else torch.full_like(passed[0], sum(map(batch_size, parts)))
-        return sum_over_ranks(local)
+    def _filtered_counts(self, module: "AdaMerge", task: str, parts: Sequence[Batch]) -> Tensor | None:
+        """The terms' counts over all parts and ranks where a filter decides them; None where the first part tells."""
+        if not any(objective.filters for objective in module.objectives):
+            return None
+        passed = [counts_of(module.terms(module.model.respond(task, part), part)) for part in parts]
+        return sum_over_ranks(torch.stack(passed).sum(0))
 
 
 def _answers(model: MergedModel, batches: Mapping[str, Batch]) -> Iterator[TaskOutput]:

@@ -35,7 +35,9 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 def counts_of(terms: Terms) -> Tensor:
     """The K terms' counts on this rank, [K] fp32."""
     device = next(iter(terms.values())).term.sum.device
-    return torch.stack([torch.as_tensor(w.term.count, dtype=torch.float32, device=device) for w in terms.values()])
+    counts = (weighted.term.count for weighted in terms.values())
+    full = torch.ones((), dtype=torch.float32, device=device)  # a fill, not a copy from the host
+    return torch.stack([(full * count).float() for count in counts])
 
 
 class Tally:
@@ -50,21 +52,19 @@ class Tally:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor] = {}
 
-    def loss(self, task: str, terms: Terms, counts: Tensor | None = None) -> Tensor:
+    def loss(self, task: str, terms: Terms, counts: Tensor) -> Tensor:
         """This rank's share of a task's loss, [] with graph.
 
         Args:
             task: Whose terms these are; may be called again for each micro-batch.
             terms: The K weighted terms.
-            counts: Their counts [K] over all micro-batches and ranks; when not given, this call's own, added up over
-                ranks.
+            counts: Their counts [K] over all micro-batches and ranks.
         """
-        counts = sum_over_ranks(counts_of(terms)) if counts is None else counts
         sums = torch.stack([weighted.term.sum.float() for weighted in terms.values()])
-        weights = sums.new_tensor([weighted.weight for weighted in terms.values()])
         self._terms[task], self._counts[task] = terms, counts
         self._sums[task] = self._sums[task] + sums.detach() if task in self._sums else sums.detach()
-        return (weights * sums * world_size() / counts.clamp(min=1)).sum()
+        means = (sums * world_size() / counts.clamp(min=1)).unbind()
+        return torch.stack([w.weight * mean for w, mean in zip(terms.values(), means, strict=True)]).sum()
 
     def values(self) -> dict[str, dict[str, Tensor]]:
         """Per task and term the weighted mean over all ranks; one reduction for all of them."""
