@@ -145,11 +145,11 @@ class MergedModel(MultiTaskModel):
     def _weights(self, shared: Any) -> dict[str, Tensor]:
         return {name: self._make(name, shared) for name in self.vectors.space.shapes}
 
-    def _make(self, name: str, shared: Any) -> Tensor:
+    def _make(self, name: str, shared: Any, dtype: torch.dtype | None = None) -> Tensor:
         skeleton = self._skeleton
         with torch.autocast(skeleton.device.type, enabled=False):
             merged = self.rule.merge(name, self.vectors.base(name), self.vectors.deltas(name), shared)
-            return merged.to(skeleton.device, skeleton.dtypes[name])
+            return merged.to(skeleton.device, dtype or skeleton.dtypes[name])
 
     @property
     def _skeleton(self) -> _Skeleton:
@@ -224,7 +224,7 @@ class MergedModel(MultiTaskModel):
         net = copy.deepcopy(skeleton.net)
         twin = dict(zip(map(id, skeleton.net.modules()), net.modules(), strict=True))
         for name, places in skeleton.sites.items():
-            parameter = nn.Parameter(self._make(name, shared))
+            parameter = nn.Parameter(self._make(name, shared, dtype))
             for module, attribute in places:
                 twin[id(module)]._parameters[attribute] = parameter
         return net if dtype is None else net.to(dtype)

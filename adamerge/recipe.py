@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -173,6 +174,20 @@ class Opened:
             self.net.requires_grad_(False)
             for parameter in parameters.values():
                 parameter.grad = None
+
+    @contextmanager
+    def buffers_of(self, task: str | None) -> Iterator[None]:
+        """An expert's own buffers (BatchNorm statistics) in the network for the length of the block; None for none."""
+        names = self.space.checkpoint_names() if task is not None else {}
+        held = {name: self.net.get_buffer(name).clone() for name in self.space.buffers if task is not None}
+        try:
+            for name in held:
+                state = self.experts[str(task)]
+                self.net.get_buffer(name).copy_(state[next(key for key in names[name] if key in state)])
+            yield
+        finally:
+            for name, buffer in held.items():
+                self.net.get_buffer(name).copy_(buffer)
 
     def load_vectors(self) -> TaskVectors:
         """Read the untransformed task vectors and check their values."""

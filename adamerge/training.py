@@ -133,7 +133,9 @@ def execute(job: Job) -> Run:
     scores: dict[str, Scores] = {}
     if job.run.baselines and job.data.eval_split is not None and not trainer.fast_dev_run:
         with Console(stderr=True).status("Scoring the baselines …"):
-            scores = {name: scored(candidate, tasks) for name, candidate, tasks in baselines(model, raw)}
+            for name, candidate, tasks in baselines(model, raw):
+                with opened.buffers_of(tasks[0] if name.startswith("expert ") else None):
+                    scores[name] = scored(candidate, tasks)
     del raw
     _add_to_run(trainer, job, folder, lambda: save(scores))
     _fit(trainer, module, job.data, checkpoint)

@@ -160,6 +160,12 @@ def test_parameters_that_share_memory_as_two_objects_are_both_swapped():
         assert not torch.equal(net.blocks[1][1].weight, model.vectors.base("blocks.0.1.weight"))
 
 
+def test_a_narrow_model_materialises_to_fp32_without_rounding():
+    expected = merged_of().materialize()
+    net = merged_of().to(torch.bfloat16).materialize(dtype=torch.float32)
+    assert torch.equal(net.stem.weight, expected.stem.weight)
+
+
 def test_materialising_inside_the_block_is_refused():
     model = merged_of()
     with model.applied(), pytest.raises(RuntimeError, match="materialize outside"):

@@ -414,6 +414,25 @@ def test_unreachable_and_frozen_parts(tmp_path, caplog):
         assert torch.equal(adamerge.load(run.dir, trust=True).net.norm.running_mean, run.merge.net.norm.running_mean)
 
 
+def test_experts_are_scored_with_their_own_statistics(tmp_path):
+    from tests.tiny import NormNet, Tiny, config_of
+
+    paths = write_pool(tmp_path, NormNet)
+    plain = config_of(paths)
+    plain["model"]["backbone"]["init_args"]["build"] = "tests.tiny.NormNet"
+    plain["run"] = {"root": str(tmp_path / "runs")}
+    run = adamerge.train(plain)
+    for task in TASKS:
+        state = adamerge.open_state(paths[task])
+        net = NormNet().eval()
+        net.load_state_dict({name: state[name] for name in net.state_dict()})
+        samples = [Tiny(task).split("test")[i] for i in range(23)]
+        features = net(torch.stack([sample["input"] for sample in samples]))
+        predicted = (features @ state["head.weight"].T + state["head.bias"]).argmax(1)
+        right = (predicted == torch.tensor([sample["label"] for sample in samples])).float().mean()
+        assert run.scores[f"expert {task}"][task] == pytest.approx(float(right), abs=1e-6)
+
+
 def test_digests_are_recorded(config, pool):
     run = adamerge.train(config())
     record = yaml.safe_load((run.dir / "merge" / "merge.yaml").read_text())
