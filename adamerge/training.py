@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 
 from adamerge import artifact
-from adamerge.callbacks import GracefulStop, SaveOnException
+from adamerge.callbacks import GracefulStop, Progress, SaveOnException
 from adamerge.config import parse
 from adamerge.data import UnlabeledTasks
 from adamerge.evaluation import Scores, baselines, evaluate
@@ -170,7 +170,7 @@ def _make_trainer(job: Job) -> pl.Trainer:
         if isinstance(options.get("callbacks"), Callback)
         else list(options.get("callbacks") or ())
     )
-    options["callbacks"] = [*given, *([RichProgressBar()] if bar else ())]
+    options["callbacks"] = [*given, *([Progress()] if bar else ())]
     if str(options.get("precision")) in ("16", "16-mixed"):
         raise InputError(
             "`trainer.precision: 16-mixed` would not scale the losses inside a merging step, and small gradients would "
