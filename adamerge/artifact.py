@@ -10,6 +10,7 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from adamerge.checkpoints import open_state
 from adamerge.files import atomic_dir, digest
 from adamerge.learnables import labels_of, load_state, state_of
 from adamerge.merged import MergedModel
@@ -107,7 +108,7 @@ def _recipe(record: Mapping[str, Any], trust: bool) -> Recipe:
     sources = {who: entry["source"] for who, entry in record["sources"].items()}
     return Recipe(
         sources["base"],
-        {who.removeprefix("expert "): source for who, source in sources.items() if who != "base"},
+        {who.removeprefix("expert "): source for who, source in sources.items() if who.startswith("expert ")},
         revive(record["backbone"], trust=trust),
         rule=revive(record["rule"], trust=trust, partial=True),
         transforms=revive(record["transforms"], trust=trust),
@@ -131,7 +132,7 @@ def _foreign(record: Mapping[str, Any]) -> Iterator[str]:
 def _changed(record: Mapping[str, Any], base: Any, experts: Mapping[str, Any]) -> Iterator[str]:
     states = {"base": base, **{f"expert {task}": state for task, state in experts.items()}}
     for who, entry in record["sources"].items():
-        now = states[who].sha256()
+        now = (states[who] if who in states else open_state(entry["source"])).sha256()
         if now != entry["sha256"]:
             yield (
                 f"The {who} ({entry['source']}) has changed since the merge was learned: its sha256 is {now[:12]}…, "

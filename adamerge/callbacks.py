@@ -45,8 +45,8 @@ class GracefulStop(pl.Callback):
             return
 
         def stop(number: int, frame: Any) -> None:
-            if self.received is not None and number == signal.SIGINT:
-                raise KeyboardInterrupt
+            if self.received is not None:  # asked twice: at once
+                raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
             self.received = signal.Signals(number)
 
         for each in (signal.SIGINT, signal.SIGTERM):
@@ -57,7 +57,7 @@ class GracefulStop(pl.Callback):
             return
         stop = self.received is not None
         if trainer.world_size > 1:
-            if trainer.global_step % trainer.log_every_n_steps:
+            if trainer.global_step % max(1, trainer.log_every_n_steps):
                 return
             stop = bool(sum_over_ranks(torch.tensor(int(stop), device=pl_module.device)))
         if stop:

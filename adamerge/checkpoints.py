@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -182,15 +181,15 @@ def _files_of(folder: Path) -> tuple[Path, ...]:
 
 def _read_pickle(path: Path) -> Mapping[str, Tensor]:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)  # files of torch < 1.6 cannot be mapped
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError):
-            raise InputError(
-                f"{path} is not a plain state dict: it is damaged, or its pickle holds other objects than tensors, "
-                "which could run code and is never read. Save `model.state_dict()` with safetensors instead."
-            ) from error
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except (RuntimeError, ValueError):  # files of torch < 1.6 cannot be mapped
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle can fail in any way
+        raise InputError(
+            f"{path} is not a plain state dict: it is damaged, or its pickle holds other objects than tensors, "
+            "which could run code and is never read. Save `model.state_dict()` with safetensors instead."
+        ) from error
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
     if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):

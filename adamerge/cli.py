@@ -1,6 +1,7 @@
 """How commands meet a terminal: messages, errors as one paragraph, exit status."""
 
 import logging
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +29,8 @@ def main(command: Callable[[], Any] = fit) -> int:
     try:
         log.info("%s", command())
     except InputError as error:
-        sys.stderr.write(f"adamerge: {error}\n")
+        if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":  # every rank fails with it; one says so
+            sys.stderr.write(f"adamerge: {error}\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("adamerge: stopped by Ctrl-C.\n")

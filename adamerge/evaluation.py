@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassConfusionMatrix
 
+from adamerge.backbones.base import to_device
 from adamerge.merged import MergedModel
 from adamerge.multitask import MultiTaskModel
 from adamerge.rules import TaskWise
 from adamerge.task_vectors import TaskVectors
 from adamerge.transforms import ElectSign, Trim
-from adamerge.types import Batch
+from adamerge.types import Batch, InputError
 
 Scores = dict[str, float]  # task -> accuracy in [0, 1]
 
@@ -64,10 +65,19 @@ def evaluate(
         for task, loader in loaders.items():
             metric = confusion(num_classes[task]).to(device)
             for batch in loader:
-                batch = convert({key: value.to(device) for key, value in batch.items()})
+                _check_labels(task, batch, num_classes[task])
+                batch = convert(to_device(batch, device))
                 metric.update(model(batch, task=task), batch["label"])
             scores[task] = score(task, metric.compute())[0]
     return scores
+
+
+def _check_labels(task: str, batch: Batch, num_classes: int) -> None:
+    if "label" not in batch:
+        raise InputError(f"Task '{task}' is scored on samples without 'label'; set `data.eval_split` to null.")
+    highest = int(batch["label"].max())
+    if highest >= num_classes:
+        raise InputError(f"Task '{task}' has {num_classes} classes, but a sample is labelled {highest}.")
 
 
 def baselines(model: MergedModel, raw: TaskVectors) -> Iterator[tuple[str, MergedModel, tuple[str, ...]]]:

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 import uuid
@@ -14,6 +15,8 @@ import platformdirs
 from filelock import FileLock
 
 from adamerge.types import InputError
+
+log = logging.getLogger("adamerge")
 
 
 def cache_dir() -> Path:
@@ -92,8 +95,11 @@ def sha256(path: Path) -> str:
     except (OSError, ValueError, KeyError, TypeError):  # no memo, or one we cannot read: hash the file
         known = None
     found = digest(path)
-    with atomic_file(memo) as new:
-        new.write_text(json.dumps({"stamp": stamp, "sha256": found}))
+    try:
+        with atomic_file(memo) as new:
+            new.write_text(json.dumps({"stamp": stamp, "sha256": found}))
+    except (OSError, InputError) as error:  # a read-only or full cache costs time, not the run
+        log.debug("The digest of %s is not remembered: %s", path, error)
     return found
 
 

@@ -7,24 +7,32 @@ import torch
 from torch import Tensor, nn
 
 from adamerge.merged import MergedModel
+from adamerge.rules import MergeRule
+from adamerge.task_modules import TaskModule
 from adamerge.types import InputError, some
 
 
 class Learned(NamedTuple):
-    """A trained parameter and what its axes run over."""
+    """A trained parameter, or a buffer that moves with it, and what its axes run over."""
 
-    parameter: nn.Parameter
+    parameter: Tensor
     axes: tuple[str | None, ...]
 
 
 def learnables_of(model: MergedModel) -> dict[str, Learned]:
     """Names that survive a reordering of the tasks: `rule.NAME` and `task.TASK.PLACE.NAME`."""
-    found = {f"rule.{name}": Learned(p, model.rule.axes.get(name, ())) for name, p in model.rule.named_parameters()}
-    for task in model.tasks:
-        for place, module in enumerate(model.chain(task)):
-            for name, parameter in module.named_parameters():
-                found[f"task.{task}.{place}.{name}"] = Learned(parameter, module.axes.get(name, ()))
-    return {name: learned for name, learned in found.items() if learned.parameter.requires_grad}
+    parts: list[tuple[str, MergeRule | TaskModule]] = [("rule", model.rule)]
+    parts += [(f"task.{task}.{place}", part) for task in model.tasks for place, part in enumerate(model.chain(task))]
+    found: dict[str, Learned] = {}
+    for prefix, part in parts:
+        kept = set(part.state_dict())  # without buffers that are not persistent
+        tensors = [*part.named_parameters(), *part.named_buffers()]
+        found |= {f"{prefix}.{name}": Learned(t, part.axes.get(name, ())) for name, t in tensors if name in kept}
+    return {name: each for name, each in found.items() if each.parameter.requires_grad or not _is_parameter(each)}
+
+
+def _is_parameter(learned: Learned) -> bool:
+    return isinstance(learned.parameter, nn.Parameter)
 
 
 def labels_of(model: MergedModel) -> dict[str, list[str]]:

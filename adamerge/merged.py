@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from adamerge.backbones import Backbone
-from adamerge.modules import FrozenStore, parameter_sites, swapped
+from adamerge.modules import FrozenStore, parameter_sites, put, swapped
 from adamerge.multitask import Chains, MultiTaskModel
 from adamerge.rules import MergeRule
 from adamerge.task_vectors import TaskVectors
@@ -31,7 +31,7 @@ class _Skeleton(FrozenStore):
         self.dtypes = {name: places[0][0]._parameters[places[0][1]].dtype for name, places in self.sites.items()}  # type: ignore[union-attr]
         for places in self.sites.values():
             for module, attribute in places:
-                module._parameters[attribute] = None
+                put(module, attribute, None)
         self.in_place = False
         object.__setattr__(
             self, "net", net.requires_grad_(False).eval()
@@ -226,7 +226,7 @@ class MergedModel(MultiTaskModel):
         for name, places in skeleton.sites.items():
             parameter = nn.Parameter(self._make(name, shared, dtype))
             for module, attribute in places:
-                twin[id(module)]._parameters[attribute] = parameter
+                put(twin[id(module)], attribute, parameter)
         return net if dtype is None else net.to(dtype)
 
     def folded(self, *, dtype: torch.dtype | None = None) -> MultiTaskModel:

@@ -1,5 +1,6 @@
 """The training step, nothing else: Lightning's view of a merge."""
 
+import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -16,7 +17,7 @@ from adamerge.loops.tally import Terms, Weighted
 from adamerge.merged import MergedModel, Step
 from adamerge.objectives import Entropy, Objective
 from adamerge.resume import reconcile_optimizer, restore, training_state
-from adamerge.types import Batch, NonFiniteLoss, TaskOutput, raise_all
+from adamerge.types import Batch, InputError, NonFiniteLoss, TaskOutput, raise_all
 
 log = logging.getLogger("adamerge")
 _PROVIDED = frozenset({"labels"})
@@ -37,6 +38,7 @@ class AdaMerge(pl.LightningModule):
         optimizer: Makes the optimiser from the learnables.
         lr_scheduler: Makes a schedule from the optimiser; it advances every optimiser step.
         num_classes: C per task, for the accuracy of tasks with labels; none are needed to train.
+        seed: Seeds, with the step and the rank, whatever the model draws at random.
 
     Raises:
         InputError: Nothing to learn, or parts that do not work together.
@@ -51,6 +53,7 @@ class AdaMerge(pl.LightningModule):
         optimizer: Callable[[Any], Optimizer] = adam,
         lr_scheduler: Callable[[Optimizer], Any] | None = None,
         num_classes: Mapping[str, int] | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         self.strict_loading = (
@@ -61,7 +64,7 @@ class AdaMerge(pl.LightningModule):
         self._make_optimizer, self._make_scheduler = optimizer, lr_scheduler
         self.metrics = torch.nn.ModuleList(confusion(c) for c in (num_classes or {}).values())
         self._metric_tasks = tuple(num_classes or {})
-        self._stack = ExitStack()
+        self._stack, self._seed = ExitStack(), seed
         self.bad_step_T = torch.empty(0)  # per task, then for the gradient: the first step that was not finite, or -1
         raise_all(self._problems(), "the training set-up")
 
@@ -106,15 +109,22 @@ class AdaMerge(pl.LightningModule):
         self.bad_step_T = torch.full((len(self.model.tasks) + 1,), -1, device=self.device, dtype=torch.int64)
 
     def training_step(self, batch: Mapping[str, Batch], batch_idx: int) -> Tensor:
-        return self.loop.step(self, batch)
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress.total
+        torch.manual_seed(step_seed(self._seed, progress.processed, self.trainer.global_rank))
+        try:
+            return self.loop.step(self, batch)
+        except StopIteration as error:  # which Lightning would take for the end of the data
+            raise RuntimeError("A StopIteration left the training step.") from error
 
     def terms(self, out: TaskOutput, batch: Batch) -> Terms:
         """All objectives' weighted terms on one task's output, by name; a name used twice is numbered."""
         terms: dict[str, Weighted] = {}
         for objective in self.objectives:
             for name, term in objective(out, batch).items():
-                key = name if name not in terms else f"{name}_{sum(other.startswith(name) for other in terms)}"
-                terms[key] = Weighted(objective.weight_of(out.task), term)
+                keys = (name, *(f"{name}_{number}" for number in range(2, 100)))
+                terms[next(key for key in keys if key not in terms)] = Weighted(objective.weight_of(out.task), term)
+        if not terms:
+            raise InputError(f"The objectives give no term for task '{out.task}'; there is nothing to minimise.")
         return terms
 
     def penalize(self, step: Step) -> Mapping[str, Tensor]:
@@ -158,7 +168,7 @@ class AdaMerge(pl.LightningModule):
             torch.nan_to_num_(gradient, nan=0.0, posinf=0.0, neginf=0.0)  # the optimiser's own state stays finite
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self.trainer.fit_loop.epoch_loop.batch_progress.total.ready % self.trainer.log_every_n_steps == 0:
+        if self.trainer.fit_loop.epoch_loop.batch_progress.total.ready % max(1, self.trainer.log_every_n_steps) == 0:
             self.raise_if_not_finite()
 
     def on_train_end(self) -> None:
@@ -218,3 +228,8 @@ class AdaMerge(pl.LightningModule):
         restore(self.model, checkpoint)
         optimizer = self.configure_optimizers()
         reconcile_optimizer(checkpoint, optimizer["optimizer"] if isinstance(optimizer, dict) else optimizer)
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """A seed of its own for every step and rank, so that a resumed run draws what the straight run draws."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()[:8], "big") >> 1

@@ -59,6 +59,15 @@ def parameter_sites(net: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
     return sites
 
 
+def put(module: nn.Module, attribute: str, tensor: Tensor | None) -> None:
+    """Set a parameter's place to a tensor or to nothing; recurrent modules keep a second list, which follows."""
+    module._parameters[attribute] = tensor  # type: ignore[assignment]
+    names = getattr(module, "_flat_weights_names", ())
+    if attribute in names:
+        flat: Any = module._flat_weights
+        flat[names.index(attribute)] = tensor
+
+
 @contextmanager
 def swapped(sites: Sites, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """Put tensors in the place of parameters, at every site, for the length of the block.
@@ -70,8 +79,8 @@ def swapped(sites: Sites, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     try:
         for name, tensor in tensors.items():
             for module, attribute in sites[name]:
-                module._parameters[attribute] = tensor  # type: ignore[assignment]
+                put(module, attribute, tensor)
         yield
     finally:
         for module, attribute, parameter in held:
-            module._parameters[attribute] = parameter
+            put(module, attribute, parameter)

@@ -5,7 +5,7 @@ from pathlib import Path
 from adamerge.job import Job
 from adamerge.merged import MergedModel
 from adamerge.recipe import Opened
-from adamerge.report import duration, gigabytes
+from adamerge.report import duration, gigabytes, shown
 
 
 def plan(job: Job, opened: Opened, model: MergedModel, max_steps: int, world_size: int, folder: Path) -> str:
@@ -28,6 +28,6 @@ def plan(job: Job, opened: Opened, model: MergedModel, max_steps: int, world_siz
         "Time": f"about {duration(steps * len(tasks) * opened.seconds * 1.2)} for {steps} steps"
         if steps
         else "as long as the trainer says",
-        "Run": str(folder),
+        "Run": shown(folder),
     }
     return "\n".join(f"{name + ':':<10}{text}" for name, text in lines.items())

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from adamerge.audit import header_problems
 from adamerge.backbones import Backbone
+from adamerge.backbones.base import batch_size, to_device
 from adamerge.checkpoints import State, absolute, open_state
 from adamerge.loops import Joint, Loop
 from adamerge.merged import ApplyMode, MergedModel
@@ -20,10 +21,12 @@ from adamerge.objectives import Entropy, Objective
 from adamerge.recorded import Recorded, spec
 from adamerge.rules import LayerWise, MergeRule
 from adamerge.space import ParamSpace
-from adamerge.task_modules import TaskModule
+from adamerge.task_modules import LinearHead, TaskModule
 from adamerge.task_vectors import Placement, TaskVectors
 from adamerge.transforms import Transform
 from adamerge.types import Batch, InputError, TaskInfo, raise_all
+
+_BASE = "\0base"  # no task can have this name
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ class Recipe(Recorded):
             )
         states: dict[str, State] = {}
         raise_all(self._open_states(states), "the sources")
-        base = states.pop("")
+        base = states.pop(_BASE)
         net = self.backbone.build()
         space = ParamSpace.of(net, group=self.space.group, skip=self.space.skip, buffers=self.space.buffers)
         for reason in dict.fromkeys((left_out or {}).values()):
@@ -129,7 +132,7 @@ class Recipe(Recorded):
         return Opened(self, net, space, base, states, chains, num_classes)
 
     def _open_states(self, states: dict[str, State]) -> Iterator[str]:
-        for name, source in {"": self.base, **self.experts}.items():
+        for name, source in [(_BASE, self.base), *self.experts.items()]:
             try:
                 states[name] = open_state(source)
             except InputError as error:
@@ -161,10 +164,12 @@ class Opened:
         for name in self.space.shapes:
             parameters[name].requires_grad_()
         try:
-            for batch in batches.values():
-                batch = {key: value.to(device) for key, value in batch.items()}
+            for task, batch in batches.items():
+                batch = to_device(batch, device)
                 start = time.perf_counter()
-                loss = self.recipe.backbone.features(self.net, batch).float().square().sum()
+                features = self.recipe.backbone.features(self.net, batch)
+                self._check_features(task, features, batch_size(batch))
+                loss = features.float().square().sum()
                 loss.backward()
                 loss.item()  # wait for the device
                 self.seconds = time.perf_counter() - start  # the last of several: the first one warms up
@@ -174,6 +179,15 @@ class Opened:
             self.net.requires_grad_(False)
             for parameter in parameters.values():
                 parameter.grad = None
+
+    def _check_features(self, task: str, features: object, size: int) -> None:
+        if not isinstance(features, Tensor) or features.dim() != 2 or len(features) != size:
+            found = list(features.shape) if isinstance(features, Tensor) else f"a {type(features).__name__}"
+            raise InputError(f"The features of task '{task}' are {found}; the backbone must give a tensor [{size}, D].")
+        head = self.chains[task][-1]
+        width = head.weight.shape[1] if isinstance(head, LinearHead) else features.shape[1]
+        if features.shape[1] != width:
+            raise InputError(f"Task '{task}' has features of width {features.shape[1]}, its head takes {width}.")
 
     @contextmanager
     def buffers_of(self, task: str | None) -> Iterator[None]:
@@ -220,6 +234,7 @@ class Opened:
         sources = {
             "base": (recipe.base, self.base),
             **{f"expert {t}": (recipe.experts[t], s) for t, s in self.experts.items()},
+            **{who: (source, open_state(source)) for who, source in recipe.backbone.sources().items()},
         }
         return {
             "backbone": spec(recipe.backbone),

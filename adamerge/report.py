@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from io import StringIO
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -48,6 +49,11 @@ def rendered(table: Table) -> str:
     console = Console(file=StringIO(), width=max(80, 14 * (len(table.columns) + 1)), color_system=None)
     console.print(table)
     return str(console.file.getvalue()).rstrip()  # type: ignore[attr-defined]
+
+
+def shown(path: Path) -> str:
+    """A path as a person at this working directory would write it."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def gigabytes(count: float) -> str:

@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 
 from adamerge.learnables import labels_of, load_state, state_of
 from adamerge.merged import MergedModel
+from adamerge.recorded import spec
 from adamerge.types import InputError
 
 log = logging.getLogger("adamerge")
@@ -18,6 +19,7 @@ def training_state(model: MergedModel, optimizers: Sequence[Optimizer]) -> dict[
     return {
         "learnables": state_of(model),
         "labels": labels_of(model),
+        "rule": spec(model.rule, strict=False),
         "fingerprint": model.vectors.fingerprint(),
         "optimizer": [_settings(optimizer) for optimizer in optimizers],
     }
@@ -40,6 +42,11 @@ def restore(model: MergedModel, checkpoint: dict[str, Any]) -> None:
         raise InputError(
             f"`ckpt_path` was trained on the {kind}s {then[kind]}; this run has {now[kind]}. "
             "Resume with the same ones in the same order."
+        )
+    rule = spec(model.rule, strict=False)
+    if state["rule"] != rule:
+        raise InputError(
+            f"`ckpt_path` was trained with the rule {state['rule']}; this run has {rule}. Resume with the same rule."
         )
     if state["fingerprint"] != model.vectors.fingerprint():
         raise InputError(

@@ -15,7 +15,20 @@ from adamerge.types import InputError
 
 
 def make_folder(job: Job, need: int) -> Path:
-    """A fresh run directory on a disk with room for `need` bytes, and a little more."""
+    """A fresh run directory on a disk with room for `need` bytes, and a little more.
+
+    Raises:
+        InputError: It exists, cannot be made, or has no room.
+    """
+    try:
+        return _made(job, need)
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        raise InputError(
+            f"The run's directory cannot be made: {error}. Choose another `run.root` or `run.dir`."
+        ) from error
+
+
+def _made(job: Job, need: int) -> Path:
     if job.run.dir is not None:
         folder = Path(job.run.dir).expanduser()
         if folder.exists():

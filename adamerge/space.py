@@ -87,8 +87,12 @@ class ParamSpace:
                 aliases[name] = first
             elif _persistent(net, name) and not (skips and skips.search(name)):
                 kept[name] = buffer.shape
-        space = cls(shapes, {}, (), aliases, kept, buffers, left_out, skip)
-        return space._grouped(_namer(group))
+        space = cls(shapes, {}, (), aliases, kept, buffers, left_out, skip)._grouped(_namer(group))
+        if space.group_names == ("rest",):
+            raise InputError(
+                f"`space.group` is '{group}', which matches no tensor; see `tensor`, `block`, `model` or mend it."
+            )
+        return space
 
     def without(self, names: Iterable[str], reason: str) -> "ParamSpace":
         """The same space with some tensors left out; their groups go when they were the last in them."""

@@ -1,18 +1,22 @@
 """From a recipe, data and a trainer's options to a learned merge, on one process or many."""
 
 import logging
+import pickle
 import signal
+import struct
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from rich.console import Console
 
 from adamerge import artifact
@@ -27,7 +31,7 @@ from adamerge.multitask import MultiTaskModel
 from adamerge.plan import plan
 from adamerge.processes import launch, once
 from adamerge.recipe import Opened, Recipe
-from adamerge.report import gain, score_table
+from adamerge.report import gain, score_table, shown
 from adamerge.run_folder import about, make_folder
 from adamerge.types import InputError
 
@@ -61,7 +65,7 @@ class Run:
 
     def __str__(self) -> str:
         scores = f"{score_table(self.scores)}\n{gain(self.scores)}\n" if self.scores else "Nothing was scored.\n"
-        return f"{scores}Run directory: {self.dir}"
+        return f"{scores}Run directory: {shown(self.dir)}"
 
 
 def train(
@@ -86,14 +90,20 @@ def train(
     if isinstance(config, Recipe):
         if data is None:
             raise InputError("With a Recipe, train() needs data: train(recipe, UnlabeledTasks(…)).")
+        known = {"trainer", "run", "ckpt_path", "seed_everything"}
+        if set(overrides) - known:
+            unknown = ", ".join(sorted(set(overrides) - known))
+            raise InputError(f"With a Recipe, train() takes {', '.join(sorted(known))}; not {unknown}.")
         return execute(Job(config, data, **overrides))
+    if data is not None:
+        raise InputError("With a configuration, train() takes the data from it; give data with a Recipe only.")
     return execute(parse(config, overrides))
 
 
 def execute(job: Job) -> Run:
     """Run a job: launch the processes, check everything, score the baselines, train, save, score."""
     pl.seed_everything(job.seed_everything, verbose=False)
-    _share_seed(job)
+    job = _own(job)
     trainer = _make_trainer(job)
     launch(trainer)
     if not trainer.is_global_zero:
@@ -113,6 +123,7 @@ def execute(job: Job) -> Run:
         optimizer=job.recipe.optimizer or adam,
         lr_scheduler=job.recipe.lr_scheduler,
         num_classes=job.data.num_classes,
+        seed=job.seed_everything,
     )
     job.data.labels = "labels" in module.needs
     record = {**once(trainer, lambda: opened.record(model)), **about(job)}
@@ -146,12 +157,14 @@ def execute(job: Job) -> Run:
     return Run(folder, scores, model.folded(), model)
 
 
-def _share_seed(job: Job) -> None:
-    """Seeds that are not given are the run's."""
+def _own(job: Job) -> Job:
+    """The job with a recipe and data of its own, whose seeds are the run's where none are given."""
+    job = replace(job, recipe=copy(job.recipe), data=copy(job.data))
     if job.data.seed is None:
         job.data.seed = job.seed_everything
     if job.recipe.vectors.seed is None:
         job.recipe.vectors = replace(job.recipe.vectors, seed=job.seed_everything)
+    return job
 
 
 def _open(trainer: pl.Trainer, job: Job) -> Opened:
@@ -171,20 +184,22 @@ def _make_trainer(job: Job) -> pl.Trainer:
         else list(options.get("callbacks") or ())
     )
     options["callbacks"] = [*given, *([Progress()] if bar else ())]
-    if str(options.get("precision")) in ("16", "16-mixed"):
+    if str(options.get("precision")) in ("16", "16-mixed", "16-true"):
         raise InputError(
-            "`trainer.precision: 16-mixed` would not scale the losses inside a merging step, and small gradients would "
-            "vanish. Use bf16-mixed, or 32."
+            f"`trainer.precision: {options['precision']}` would not scale the losses inside a merging step, and small "
+            "gradients would vanish. Use bf16-mixed, or 32."
         )
-    trainer = pl.Trainer(
-        **{
-            **options,
-            "enable_progress_bar": bar,
-            "use_distributed_sampler": False,
-            "enable_checkpointing": False,
-            "logger": False,
-        }
-    )
+    if str(options.get("precision")) in ("64", "64-true"):
+        raise InputError("`trainer.precision: 64-true` is not supported: learnables are fp32. Use 32.")
+    epochs = isinstance(options.get("limit_train_batches"), int) and (options["max_epochs"] or -1) > 0
+    if options["max_steps"] in (None, -1) and not (epochs or options.get("max_time") or options.get("fast_dev_run")):
+        raise InputError("The training stream has no end: say in `trainer.max_steps` when to stop.")
+    own = any(isinstance(callback, ModelCheckpoint) for callback in given)
+    fixed = {"enable_progress_bar": bar, "use_distributed_sampler": False, "enable_checkpointing": own, "logger": False}
+    try:
+        trainer = pl.Trainer(**{**options, **fixed})
+    except (MisconfigurationException, ValueError, TypeError) as error:
+        raise InputError(f"`trainer` is not set up well: {error}") from error
     if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
         raise InputError(f"`trainer.strategy` {type(trainer.strategy).__name__} is not supported; use auto or ddp.")
     return trainer
@@ -199,6 +214,12 @@ def _checkpoint_path(path: str | None) -> str | None:
         raise InputError(
             f"`ckpt_path` is '{path}', but there is no checkpoint at {file}; name a .ckpt file or a run's directory."
         )
+    try:
+        ours = "adamerge" in torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, TypeError, EOFError, LookupError, struct.error, pickle.UnpicklingError):
+        ours = False
+    if not ours:
+        raise InputError(f"`ckpt_path` {file} is damaged, or no training checkpoint of adamerge.")
     return str(file)
 
 
@@ -233,6 +254,8 @@ def _fit(trainer: pl.Trainer, module: AdaMerge, data: UnlabeledTasks, checkpoint
             for message in _EXPECTED:
                 warnings.filterwarnings("ignore", message)
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    except MisconfigurationException as error:
+        raise InputError(f"`trainer` is not set up well: {error}") from error
     except SIGTERMException:
         if stop is not None and stop.received == signal.SIGINT:
             raise KeyboardInterrupt from None

@@ -115,6 +115,8 @@ def test_other_groups_are_refused(run):
         {"backbone": {"class_path": "adamerge.files.FileLock", "init_args": {}}},
         {"backbone": {"class_path": "adamerge.backbones.Module", "init_args": {"build": "evil.pt"}}},
         {"rule": {"class_path": "adamerge.checkpoints.json", "init_args": {}}},
+        {"transforms": [{"class_path": "adamerge.artifact.load", "init_args": {"path": "evil", "trust": True}}]},
+        {"transforms": [{"class_path": "adamerge.recorded.revive", "init_args": {"value": {}, "trust": True}}]},
     ],
 )
 def test_foreign_code_is_not_imported_without_trust(config, change):
@@ -137,6 +139,29 @@ def test_text_is_never_parsed_for_code(config, section, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="cut short or damaged"):
         adamerge.load(run.dir)
     assert not (tmp_path / "ran").exists()
+
+
+def test_heads_of_their_own_files_are_hashed_and_found_from_anywhere(pool, config, tmp_path, monkeypatch):
+    for task in TASKS:
+        state = load_file(pool[task])
+        save_file({"weight": state["head.weight"], "bias": state["head.bias"]}, tmp_path / f"{task}.safetensors")
+    monkeypatch.chdir(tmp_path)
+    heads = {task: f"{task}.safetensors" for task in TASKS}
+    backbone = {"class_path": "adamerge.backbones.Module", "init_args": {"build": "tests.tiny.Net", "heads": heads}}
+    run = adamerge.train(config({"backbone": backbone}))
+    monkeypatch.chdir("/")
+    loaded = adamerge.load(run.dir, trust=True)
+    batch = batches_of()["b"]
+    assert torch.equal(loaded(batch, task="b"), run.merge(batch, task="b"))
+    save_file({"weight": torch.zeros(3, 6)}, tmp_path / "b.safetensors")
+    with pytest.raises(InputError, match=r"The head b .* has changed since the merge was learned"):
+        adamerge.load(run.dir, trust=True)
+
+
+def test_buffers_that_move_with_the_learnables_are_saved(config):
+    run = adamerge.train(config({"task_modules": [{"class_path": "tests.tiny.Counting"}]}))
+    assert int(run.merge.chain("a")[0].seen) == 4 * 4
+    assert int(adamerge.load(run.dir, trust=True).chain("a")[0].seen) == 4 * 4
 
 
 def test_our_own_demo_needs_no_trust(tmp_path):

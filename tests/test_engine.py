@@ -12,7 +12,7 @@ from adamerge.module import AdaMerge
 from adamerge.objectives import Entropy, Supervised
 from adamerge.rules import LayerWise, TaskWise
 from adamerge.types import InputError
-from tests.tiny import TASKS, Kept, Net, NormNet, Shift, TiedNet, batches_of, merged_of
+from tests.tiny import TASKS, Kept, Net, NormNet, Recurrent, Shift, TiedNet, batches_of, merged_of
 
 
 class Silent(AdaMerge):
@@ -164,6 +164,22 @@ def test_a_narrow_model_materialises_to_fp32_without_rounding():
     expected = merged_of().materialize()
     net = merged_of().to(torch.bfloat16).materialize(dtype=torch.float32)
     assert torch.equal(net.stem.weight, expected.stem.weight)
+
+
+def test_recurrent_networks_are_swapped_in_both_their_lists():
+    model = merged_of(Recurrent)
+    value, found = gradients(model)
+    assert found["rule.raw_TG"].abs().sum() > 0
+    batch = batches_of()["a"]
+    torch.testing.assert_close(model(batch, task="a"), model.folded()(batch, task="a"))
+    assert_same((value, found), gradients(merged_of(Recurrent, apply_mode="swap")), rtol=1e-5, atol=1e-7)
+
+
+def test_terms_of_one_name_are_all_kept():
+    module = Silent(merged_of(), objectives=[Entropy(), Entropy(weight=2), Entropy(weight=3)])
+    batch = batches_of()["a"]
+    with module.model.applied():
+        assert [w.weight for w in module.terms(module.model.respond("a", batch), batch).values()] == [1, 2, 3]
 
 
 def test_materialising_inside_the_block_is_refused():

@@ -60,6 +60,7 @@ def test_a_group_goes_with_its_last_tensor():
     [
         ({"skip": "("}, "`space.skip` is no regular expression"),
         ({"group": "("}, "`space.group` is no regular expression"),
+        ({"group": "blocs"}, "`space.group` is 'blocs', which matches no tensor"),
         ({"skip": "."}, "No tensor is left to merge"),
     ],
 )

@@ -14,7 +14,7 @@ from adamerge.artifact import open_merge
 from adamerge.files import sha256
 from adamerge.module import NonFiniteLoss
 from adamerge.types import InputError
-from tests.tiny import TASKS, write_pool
+from tests.tiny import TASKS, Net, write_pool
 
 SUPERVISED = [{"class_path": "adamerge.objectives.Supervised"}]
 SHIFT = [{"class_path": "tests.tiny.Shift"}]
@@ -131,6 +131,14 @@ def test_16_mixed_is_refused(config, precision):
 # --- resume
 
 
+def test_resume_draws_what_the_straight_run_draws(config):
+    options = {"task_modules": [{"class_path": "tests.tiny.Dropped"}]}
+    straight = adamerge.train(config(options, trainer={"max_steps": 6}))
+    part = adamerge.train(config(options, trainer={"max_steps": 3}, run={"checkpoint_every": 1}))
+    rest = adamerge.train(config(options, trainer={"max_steps": 6}), ckpt_path=str(part.dir))
+    assert_equal(learned(straight), learned(rest))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(("steps", "accumulate"), [(5, 1), (4, 2)])
 def test_resume_is_the_straight_run_bit_for_bit(config, workers, steps, accumulate):
@@ -225,7 +233,7 @@ def test_golden(config):
     assert found == pytest.approx(expected, rel=1e-4)
 
 
-def test_random_transforms_repeat_over_hash_seeds_and_task_order(config):
+def test_the_order_of_tasks_in_the_configuration_changes_nothing(config):
     assert list(config()["model"]["experts"]) == list(TASKS)
     run = adamerge.train(config())
     back = config()
@@ -314,6 +322,17 @@ class Breaks(adamerge.Objective):
             "There is no checkpoint at '/nowhere/x.safetensors'",
         ),
         (lambda c: c["model"].update(learning_rate=1), "learning_rate"),
+        (lambda c: c["trainer"].update(max_steps=-1, max_epochs=1), "The training stream has no end"),
+        (lambda c: c["trainer"].update(precision="64-true"), "64-true` is not supported"),
+        (lambda c: c["trainer"].update(accelerator="gpu"), "`trainer` is not set up well"),
+        (
+            lambda c: c["model"]["backbone"]["init_args"].update(build="tests.test_training.Wide"),
+            "width 5, its head takes 6",
+        ),
+        (
+            lambda c: c["model"]["backbone"]["init_args"].update(build="tests.test_training.Pair"),
+            "are a tuple; the backbone must",
+        ),
         (lambda c: c["trainer"].update(max_steps="many"), "max_steps"),
         (lambda c: c["model"].update(rule={"class_path": "adamerge.rules.Nope"}), "Nope"),
         (lambda c: c["data"]["tasks"]["b"]["init_args"].update(size=0), "Task 'b' is empty"),
@@ -337,10 +356,81 @@ class Breaks(adamerge.Objective):
 def test_bad_configuration_is_one_clear_error_before_any_run_directory(config, change, message):
     plain = config()
     change(plain)
-    with pytest.raises((InputError, Exception), match=message) as error:
+    with pytest.raises(InputError, match=message):
         adamerge.train(plain)
-    assert isinstance(error.value, InputError) or "strategy" in message
     assert not Path(plain["run"]["root"]).exists()
+
+
+class Wide(Net):
+    """Features of another width than the heads'."""
+
+    def forward(self, x):
+        return super().forward(x)[:, :5]
+
+
+class Pair(Net):
+    """A tuple for features."""
+
+    def forward(self, x):
+        return super().forward(x), None
+
+
+def test_an_objective_without_terms_ends_the_run(config):
+    with pytest.raises(InputError, match="The objectives give no term for task 'a'"):
+        adamerge.train(config({"objectives": [{"class_path": "tests.tiny.Nothing"}]}))
+
+
+def test_a_junk_checkpoint_to_resume_from(config, tmp_path):
+    (tmp_path / "junk.ckpt").write_bytes(b"junk")
+    torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
+    for name in ("junk", "foreign"):
+        with pytest.raises(InputError, match=r"`ckpt_path` .* is damaged, or no training checkpoint of adamerge"):
+            adamerge.train(config(), ckpt_path=str(tmp_path / f"{name}.ckpt"))
+
+
+def test_resume_with_another_rule_is_refused(config):
+    part = adamerge.train(config(run={"checkpoint_every": 1}))
+    rule = {"class_path": "adamerge.rules.LayerWise", "init_args": {"activation": "sigmoid"}}
+    with pytest.raises(InputError, match="`ckpt_path` was trained with the rule"):
+        adamerge.train(config({"rule": rule}), ckpt_path=str(part.dir))
+
+
+def test_a_read_only_cache_costs_no_run(config, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ADAMERGE_CACHE", str(tmp_path / "file" / "below"))
+    assert adamerge.train(config()).scores
+
+
+def test_a_callback_of_the_users_may_be_a_checkpoint(config, tmp_path):
+    saver = {
+        "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+        "init_args": {"dirpath": str(tmp_path / "mine")},
+    }
+    saver["init_args"]["every_n_train_steps"] = 2
+    adamerge.train(config(trainer={"callbacks": [saver]}))
+    assert list((tmp_path / "mine").glob("*.ckpt"))
+
+
+def test_labels_beyond_the_classes_are_said(config):
+    plain = config(run={"baselines": True})
+    plain["data"]["tasks"]["b"]["init_args"]["shift"] = 5
+    with pytest.raises(InputError, match=r"Task 'b' has 3 classes, but a sample is labelled"):
+        adamerge.train(plain)
+
+
+def test_the_same_objects_train_anew_for_every_seed(pool, tmp_path):
+    from adamerge.backbones import Module
+    from adamerge.recipe import SpaceOptions
+    from tests.tiny import data_of
+
+    experts = {task: str(pool[task]) for task in TASKS}
+    recipe = adamerge.Recipe(str(pool["base"]), experts, Module(Net), space=SpaceOptions(skip=r"^head\."))
+    data, options = data_of(), {"trainer": {"max_steps": 2}, "run": adamerge.RunOptions(root=str(tmp_path / "runs"))}
+    zero, one = (learned(adamerge.train(recipe, data, seed_everything=seed, **options)) for seed in (0, 1))
+    assert not torch.equal(zero["rule.raw_TG"], one["rule.raw_TG"])
+    assert data.seed is None
+    with pytest.raises(InputError, match="not max_steps"):
+        adamerge.train(recipe, data, max_steps=3)
 
 
 def test_a_run_directory_that_exists_is_not_touched(config, tmp_path):

@@ -84,6 +84,44 @@ class Shift(TaskModule):
         return features + self.shift
 
 
+class Counting(Shift):
+    """A task module with a buffer that moves while it trains."""
+
+    def __init__(self, task: TaskInfo) -> None:
+        super().__init__(task)
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, features: Tensor) -> Tensor:
+        if self.training:
+            self.seen += len(features)
+        return super().forward(features)
+
+
+class Dropped(Shift):
+    """A task module that draws at random."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return F.dropout(super().forward(features), 0.5, self.training)
+
+
+class Recurrent(nn.Module):
+    """Keeps a second list of its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.GRU(INPUT, WIDTH, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.cell(x[:, None])[0][:, 0]
+
+
+class Nothing(Objective):
+    """No term at all."""
+
+    def forward(self, out: TaskOutput, batch: Batch) -> Mapping[str, Term]:
+        return {}
+
+
 class Kept(Objective):
     """Cross-entropy with the model's own prediction, on the samples whose first input is positive."""
 
@@ -98,12 +136,12 @@ class Kept(Objective):
 class Tiny(TensorTask):
     """Random inputs with random labels; 40 samples to train on, 23 to test on."""
 
-    def __init__(self, task: str, *, size: int = 40) -> None:
+    def __init__(self, task: str, *, size: int = 40, shift: int = 0) -> None:
         generator = torch.Generator().manual_seed(sum(map(ord, task)))
 
         def draw(number: int) -> tuple[Tensor, Tensor]:
             inputs = torch.randn(number, INPUT, generator=generator)
-            return inputs, torch.randint(CLASSES[task], (number,), generator=generator)
+            return inputs, torch.randint(CLASSES[task], (number,), generator=generator) + shift
 
         super().__init__([str(c) for c in range(CLASSES[task])], train=draw(size), test=draw(23))
 

@@ -1,5 +1,5 @@
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,10 @@ class Backbone(Recorded, ABC):
     def head(self, task: TaskInfo) -> TaskModule:
         """What turns a task's features into its logits."""
 
+    def sources(self) -> Mapping[str, str]:
+        """Further files the answers depend on, by a name for each; hashed with the merge. Default: none."""
+        return {}
+
     def concatenate(self, batches: Sequence[Batch]) -> Batch:
         """Several tasks' batches as one, for networks that run faster on one large batch. Labels are left out.
 
@@ -44,5 +48,17 @@ class Backbone(Recorded, ABC):
 
 
 def batch_size(batch: Batch) -> int:
-    """B, read off the first tensor of a batch."""
-    return next(len(value) for value in batch.values() if isinstance(value, Tensor))
+    """B, read off the first tensor of a batch.
+
+    Raises:
+        InputError: No tensor in it.
+    """
+    sizes = [len(value) for value in batch.values() if isinstance(value, Tensor)]
+    if not sizes:
+        raise InputError(f"A batch holds no tensor, only {', '.join(sorted(batch))}; the data set must give tensors.")
+    return sizes[0]
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on a device; other entries pass."""
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}

@@ -3,6 +3,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor, nn
 
 from adamerge.backbones.base import Backbone
+from adamerge.checkpoints import absolute
 from adamerge.task_modules import LinearHead, TaskModule
 from adamerge.types import Batch, InputError, TaskInfo
 
@@ -15,7 +16,8 @@ class Module(Backbone):
         features: Name of the method that maps the input to features [B, D]; by default the network is called itself.
         input: Which entry of the batch is handed to the network.
         heads: Prefix of a linear head's tensors in each expert's checkpoint (`head.` reads `head.weight` and
-            `head.bias`), or a checkpoint with such tensors for each task. Heads are frozen.
+            `head.bias`), or a checkpoint with such tensors for each task.
+        train_heads: Train the heads along with the merge; they are frozen otherwise.
     """
 
     def __init__(
@@ -25,8 +27,12 @@ class Module(Backbone):
         features: str | None = None,
         input: str = "input",
         heads: str | Mapping[str, str] = "head.",
+        train_heads: bool = False,
     ) -> None:
+        if not isinstance(heads, str):  # found again from any working directory
+            heads = self._arguments["heads"] = {task: absolute(str(path)) for task, path in heads.items()}
         self._build, self._features, self._input, self._heads = build, features, input, heads
+        self._train_heads = train_heads
 
     def build(self) -> nn.Module:
         net = self._build()
@@ -41,7 +47,10 @@ class Module(Backbone):
 
     def head(self, task: TaskInfo) -> TaskModule:
         if isinstance(self._heads, str):
-            return LinearHead(task, prefix=self._heads)
+            return LinearHead(task, prefix=self._heads, trainable=self._train_heads)
         if task.name not in self._heads:
             raise InputError(f"`backbone.heads` names no head for task '{task.name}'; it has {', '.join(self._heads)}.")
-        return LinearHead(task, prefix="", path=self._heads[task.name])
+        return LinearHead(task, prefix="", path=self._heads[task.name], trainable=self._train_heads)
+
+    def sources(self) -> Mapping[str, str]:
+        return {} if isinstance(self._heads, str) else {f"head {task}": path for task, path in self._heads.items()}

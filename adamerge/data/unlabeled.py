@@ -47,6 +47,7 @@ class UnlabeledTasks(Recorded, pl.LightningDataModule):
             )
         self.tasks, self.batch_size, self.split, self.eval_split = dict(tasks), batch_size, split, eval_split
         self.eval_batch_size, self.num_workers, self.seed = eval_batch_size, num_workers, seed
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # a rank may have no sample of a small task
         self.labels = False  # set by the run when an objective needs labels
         self._splits: dict[str, dict[str, Dataset[Any]]] = {}
 
