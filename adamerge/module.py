@@ -1,6 +1,5 @@
 """The training step, nothing else: Lightning's view of a merge."""
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -17,6 +16,7 @@ from adamerge.loops.tally import Terms, Weighted
 from adamerge.merged import MergedModel, Step
 from adamerge.objectives import Entropy, Objective
 from adamerge.resume import reconcile_optimizer, restore, training_state
+from adamerge.seeding import seed_of
 from adamerge.types import Batch, InputError, NonFiniteLoss, TaskOutput, raise_all
 
 log = logging.getLogger("adamerge")
@@ -110,7 +110,8 @@ class AdaMerge(pl.LightningModule):
 
     def training_step(self, batch: Mapping[str, Batch], batch_idx: int) -> Tensor:
         progress = self.trainer.fit_loop.epoch_loop.batch_progress.total
-        torch.manual_seed(step_seed(self._seed, progress.processed, self.trainer.global_rank))
+        # a resumed run draws what the straight run draws, each rank its own
+        torch.manual_seed(seed_of(self._seed, "step", progress.processed, self.trainer.global_rank))
         try:
             return self.loop.step(self, batch)
         except StopIteration as error:  # which Lightning would take for the end of the data
@@ -228,8 +229,3 @@ class AdaMerge(pl.LightningModule):
         restore(self.model, checkpoint)
         optimizer = self.configure_optimizers()
         reconcile_optimizer(checkpoint, optimizer["optimizer"] if isinstance(optimizer, dict) else optimizer)
-
-
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """A seed of its own for every step and rank, so that a resumed run draws what the straight run draws."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()[:8], "big") >> 1

@@ -21,6 +21,7 @@ from adamerge.deltas import Deltas, DenseDeltas
 from adamerge.files import built_once, cache_dir
 from adamerge.modules import FrozenStore
 from adamerge.recorded import spec
+from adamerge.seeding import seed_of
 from adamerge.space import ParamSpace
 from adamerge.types import raise_all
 
@@ -165,7 +166,7 @@ class _TransformedVectors(TaskVectors):
         return self._vectors.base(name)
 
     def deltas(self, name: str) -> Deltas:
-        generators = [torch.Generator().manual_seed(_seed(self._seed, task, name)) for task in self.tasks]
+        generators = [torch.Generator().manual_seed(seed_of(self._seed, task, name)) for task in self.tasks]
         return self._transform(name, self._vectors.deltas(name), generators)
 
     def fingerprint(self) -> str | None:
@@ -253,7 +254,3 @@ class _StoredVectors(TaskVectors):
 
 def _digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _seed(*parts: str) -> int:
-    return int.from_bytes(hashlib.sha256("/".join(parts).encode()).digest()[:8], "big") >> 1

@@ -1,6 +1,5 @@
 """The endless training stream: what step k holds is a pure function of (seed, task, rank, k)."""
 
-import hashlib
 import random
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, SequentialSampler, default_collate
 
+from adamerge.seeding import seed_of
 from adamerge.types import Batch
 
 
@@ -80,11 +80,11 @@ class StepStream(Dataset[Mapping[str, Batch]]):
         return int(self._permutation(task, epoch)[place])
 
     def _draw(self, task: str, epoch: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(_seed(self._seed, "order", task, epoch))
+        generator = torch.Generator().manual_seed(seed_of(self._seed, "order", task, epoch))
         return torch.randperm(len(self._splits[task]), generator=generator)  # type: ignore[arg-type]
 
     def _sample(self, task: str, position: int) -> Mapping[str, Any]:
-        seed = _seed(self._seed, "sample", task, position)
+        seed = seed_of(self._seed, "sample", task, position)
         torch.default_generator.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed % 2**32)
@@ -109,7 +109,3 @@ class _kept_random_state:
         torch.set_rng_state(self._kept[0])
         random.setstate(self._kept[1])
         np.random.set_state(self._kept[2])
-
-
-def _seed(*parts: object) -> int:
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
