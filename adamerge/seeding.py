@@ -4,5 +4,5 @@ import hashlib
 
 
 def seed_of(*parts: object) -> int:
-    """A seed in [0, 2^63) of its own for every combination of parts: a run's seed, a task, a step, …"""
+    """A seed in [0, 2^63) of its own for every combination of parts: a run's seed, a task, a step."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
