@@ -111,8 +111,7 @@ def execute(job: Job) -> Run:
     device = trainer.strategy.root_device
     checkpoint = _checkpoint_path(job.ckpt_path)
     opened, first = _open(trainer, job), job.data.stream()[0]
-    if job.data.eval_split is not None:
-        job.data.datasets(job.data.eval_split)  # a missing split is said now
+    job.data.eval_loaders(trainer.global_rank, trainer.world_size)  # a missing or too small split is said now
     opened.leave_out_unreachable(first, device)
     raw = opened.load_vectors()
     model = trainer.precision_plugin.convert_module(opened.merged(raw)).to(device)

@@ -118,6 +118,11 @@ def test_a_task_that_collapses_is_said():
     assert score("a", torch.tensor([[5, 0], [0, 5]]))[1] is None
 
 
+def test_fewer_samples_than_ranks_are_refused():
+    with pytest.raises(InputError, match=r"The split 'test' of a, b, c has fewer samples than there are ranks \(24\)"):
+        data_of().eval_loaders(0, 24)
+
+
 def test_an_empty_task_is_named():
     empty = TensorTask(["x"], train=(torch.zeros(0, 5), torch.zeros(0, dtype=torch.int64)))
     data = UnlabeledTasks({"a": data_of().tasks["a"], "sad": empty})

@@ -47,7 +47,6 @@ class UnlabeledTasks(Recorded, pl.LightningDataModule):
             )
         self.tasks, self.batch_size, self.split, self.eval_split = dict(tasks), batch_size, split, eval_split
         self.eval_batch_size, self.num_workers, self.seed = eval_batch_size, num_workers, seed
-        self.allow_zero_length_dataloader_with_multiple_devices = True  # a rank may have no sample of a small task
         self.labels = False  # set by the run when an objective needs labels
         self._splits: dict[str, dict[str, Dataset[Any]]] = {}
 
@@ -104,7 +103,14 @@ class UnlabeledTasks(Recorded, pl.LightningDataModule):
         loaders: dict[str, DataLoader[Batch]] = {}
         if self.eval_split is None:
             return loaders
-        for task, dataset in self.datasets(self.eval_split).items():
+        sets = self.datasets(self.eval_split)
+        small = [task for task, dataset in sets.items() if len(dataset) < world_size]  # type: ignore[arg-type]
+        if small:
+            raise InputError(
+                f"The split '{self.eval_split}' of {', '.join(small)} has fewer samples than there are ranks "
+                f"({world_size}); use fewer `trainer.devices`, or set `data.eval_split` to null."
+            )
+        for task, dataset in sets.items():
             share = Subset(dataset, range(rank, len(dataset), world_size))  # type: ignore[arg-type]
             loaders[task] = DataLoader(share, batch_size=self.eval_batch_size, num_workers=self.num_workers)
         return loaders
