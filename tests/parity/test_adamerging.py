@@ -34,7 +34,7 @@ def transcription(base, experts, heads, net, batches, *, clamp):
     return lambdas, losses
 
 
-def check(config, clamp):
+def assert_parity(config, clamp):
     import adamerge
 
     steps = 20
@@ -58,8 +58,8 @@ def check(config, clamp):
 
 
 def test_twenty_steps_give_the_same_coefficients_and_losses(config):
-    check(config, clamp=False)
+    assert_parity(config, clamp=False)
 
 
 def test_with_the_papers_clamp_too(config):
-    check(config, clamp=True)
+    assert_parity(config, clamp=True)
