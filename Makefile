@@ -11,7 +11,7 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 demo: $(VENV)/.installed
-	$(BIN)/python -m adamerge.fit --config configs/digits.yaml
+	$(BIN)/python -m adamerge.fit --config configs/demo.yaml
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest --cov=adamerge --cov-report=term $(ARGS)
@@ -32,6 +32,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/sizes.py
 	$(BIN)/python benchmarks/digits.py
+	$(BIN)/python benchmarks/zoo.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -20,6 +20,7 @@ _HOME = {
     "TaskVectors": "adamerge.task_vectors",
     "Transform": "adamerge.transforms",
     "UnlabeledTasks": "adamerge.data",
+    "export": "adamerge.exporting",
     "load": "adamerge.artifact",
     "open_state": "adamerge.checkpoints",
     "train": "adamerge.training",

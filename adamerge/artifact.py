@@ -22,7 +22,7 @@ from adamerge.types import InputError, raise_all
 FORMAT = 1
 WEIGHTS, RECORD = "merge.safetensors", "merge.yaml"
 _NEEDED = {
-    **dict.fromkeys(("labels", "sources", "backbone", "rule", "space", "vectors", "left_out", "num_classes"), dict),
+    **dict.fromkeys(("labels", "sources", "backbone", "rule", "space", "vectors", "left_out", "classes"), dict),
     **{"weights": str, "transforms": list, "task_modules": list},
 }
 
@@ -42,7 +42,7 @@ def save(folder: Path, model: MergedModel, record: Mapping[str, Any]) -> None:
         save_file({name: tensor.contiguous() for name, tensor in state_of(model).items()}, new / WEIGHTS)
         head = {"format": FORMAT, "weights": digest(new / WEIGHTS), "labels": labels_of(model)}
         text = yaml.safe_dump(
-            {**head, **record, "versions": _versions()}, sort_keys=False, allow_unicode=True, width=120
+            {**head, **record, "versions": versions()}, sort_keys=False, allow_unicode=True, width=120
         )
         (new / RECORD).write_text(text)
 
@@ -68,7 +68,7 @@ def open_merge(path: str | Path, *, trust: bool = False) -> MergedModel:
     if not trust:
         raise_all(_foreign(record), "the merge's record")
     recipe = _recipe(record, trust)
-    opened = recipe.open(record["num_classes"], record["left_out"])
+    opened = recipe.open(record["classes"], record["left_out"])
     raise_all(_changed(record, opened.base, opened.experts), "the merge's sources")
     model = opened.merged(opened.load_vectors())
     load_state(model, load_file(folder / WEIGHTS), record["labels"], str(folder))
@@ -140,7 +140,8 @@ def _changed(record: Mapping[str, Any], base: Any, experts: Mapping[str, Any]) -
             )
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of adamerge and the libraries that its numbers come from."""
     found = {}
     for name in ("adamerge", "torch", "lightning", "transformers", "open_clip_torch", "safetensors"):
         try:

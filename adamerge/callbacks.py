@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -17,13 +16,6 @@ from adamerge.loops.tally import sum_over_ranks
 from adamerge.types import NonFiniteLoss
 
 log = logging.getLogger("adamerge")
-
-
-class Progress(RichProgressBar):
-    """Lightning's bar, which counts steps and not epochs: the training stream has none."""
-
-    def _get_train_description(self, current_epoch: int) -> str:
-        return "Merging"
 
 
 class GracefulStop(pl.Callback):

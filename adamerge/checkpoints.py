@@ -25,6 +25,7 @@ DTYPES = {
     },
     **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
 }
+_ELSEWHERE = ("demo:", "hf-hub:", "open_clip:")  # sources that are no paths
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 
 
@@ -102,6 +103,33 @@ class _Safetensors(State):
         return len(self._home)
 
 
+class Selected(State):
+    """Some tensors of a checkpoint, under other names.
+
+    Args:
+        state: The checkpoint.
+        names: New name to name in the checkpoint.
+        source: What the user wrote.
+        files: The files behind it.
+    """
+
+    def __init__(self, state: State, names: Mapping[str, str], source: str, files: tuple[Path, ...]) -> None:
+        super().__init__(source, files)
+        self._state, self._names = state, dict(names)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._state[self._names[name]]
+
+    def meta(self, name: str) -> tuple[torch.Size, torch.dtype]:
+        return self._state.meta(self._names[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 def open_state(source: str | Path | Mapping[str, Tensor]) -> State:
     """Open a checkpoint.
 
@@ -129,7 +157,10 @@ def open_state(source: str | Path | Mapping[str, Tensor]) -> State:
 
 def absolute(source: str) -> str:
     """The source as it can be found again from any working directory."""
-    return source if source.startswith("demo:") else str(Path(source).expanduser().resolve())
+    if source.startswith(_ELSEWHERE):
+        return source
+    path = source.removeprefix("local-dir:")
+    return source[: len(source) - len(path)] + str(Path(path).expanduser().resolve())
 
 
 def locate(source: str) -> Path:
@@ -142,7 +173,7 @@ def locate(source: str) -> Path:
         from adamerge.demo import locate_demo
 
         return locate_demo(source.removeprefix("demo:"))
-    path = Path(source).expanduser()
+    path = Path(source.removeprefix("local-dir:")).expanduser()
     if not path.exists():
         raise InputError(f"There is no checkpoint at '{source}' (looked in {path.parent.resolve()}).")
     return path

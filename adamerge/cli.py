@@ -3,36 +3,159 @@
 import logging
 import os
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, TextIO
 
-from adamerge.config import job_from_arguments
-from adamerge.training import Run, execute
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
 from adamerge.types import InputError
 
 log = logging.getLogger("adamerge")
 
+# What the commands need is imported when they run: help and a listing answer at once.
 
-def fit() -> Run:
-    """The training command."""
+
+def fit() -> Any:
+    """The training command, which takes its arguments from `sys.argv` as DDP's other processes do."""
+    from adamerge.config import job_from_arguments
+    from adamerge.training import execute
+
     return execute(job_from_arguments())
 
 
-def main(command: Callable[[], Any] = fit) -> int:
+def _evaluate(options: Namespace) -> Any:
+    from adamerge.rescore import rescore
+
+    return rescore(
+        options.run, split=options.split, batch_size=options.batch_size, device=options.device, trust=options.trust
+    )
+
+
+def _export(options: Namespace) -> Any:
+    from adamerge.exporting import export
+
+    return export(options.run, options.out, dtype=options.dtype, device=options.device, trust=options.trust)
+
+
+def _runs(options: Namespace) -> Any:
+    from adamerge.runs import listing
+
+    return listing(options.root, sort=options.sort)
+
+
+def _report(options: Namespace) -> Any:
+    from adamerge.runs import redraw
+
+    return redraw(options.run, trust=options.trust)
+
+
+_COMMANDS: dict[str, Callable[[Namespace], Any]] = {
+    **{"evaluate": _evaluate, "export": _export, "runs": _runs, "report": _report}
+}
+
+
+def command_parser() -> ArgumentParser:
+    """All commands but `fit`, whose arguments `config.make_parser` reads."""
+    parser = ArgumentParser(
+        prog="adamerge", description="Learn how to merge models, and use what was learned.", exit_on_error=False
+    )
+    commands = parser.add_subcommands(required=False, dest="command")
+
+    def command(name: str, text: str) -> ArgumentParser:
+        made = ArgumentParser(description=f"{text}.", exit_on_error=False)
+        commands.add_subcommand(name, made, help=text)
+        return made
+
+    def add_run(to: ArgumentParser) -> None:
+        to.add_argument("run", type=str, help="Directory of a run")
+
+    def add_trust(to: ArgumentParser) -> None:
+        to.add_argument("--trust", action="store_true", help="Build classes from outside adamerge that the run names")
+
+    def add_device(to: ArgumentParser) -> None:
+        to.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="Where the model runs")
+
+    command("fit", "Learn a merge; the same as python -m adamerge.fit")
+    evaluate = command("evaluate", "Score a learned merge again, on the data of its run")
+    add_run(evaluate)
+    evaluate.add_argument("--split", type=str, help="Split to score on; by default the run's own")
+    evaluate.add_argument("--batch_size", type=int, help="Samples per forward; by default the run's own")
+    add_device(evaluate)
+    add_trust(evaluate)
+    export = command("export", "Write a learned merge as a folder that the model's own library loads")
+    add_run(export)
+    export.add_argument("out", type=str, help="Folder to write; it must not exist yet")
+    export.add_argument(
+        "--dtype", type=Literal["float32", "bfloat16", "float16"], default="float32", help="Type of the weights"
+    )
+    add_device(export)
+    add_trust(export)
+    runs = command("runs", "List all runs below a folder")
+    runs.add_argument("root", type=str, nargs="?", default="runs", help="The folder")
+    runs.add_argument("--sort", type=Literal["time", "score"], default="time", help="The newest or the best first")
+    report = command("report", "Print the table of a run again and redraw its plots")
+    add_run(report)
+    add_trust(report)
+    return parser
+
+
+def run() -> Any:
+    """The command that `sys.argv` names; without one, the help.
+
+    Raises:
+        InputError: What the parser or the command has to say.
+    """
+    if sys.argv[1:2] == ["fit"]:
+        return fit()
+    parser = command_parser()
+    try:
+        options = parser.parse_args()
+    except ArgumentError as error:
+        raise InputError(f"{' '.join(str(error).split())} (see adamerge --help)") from error
+    if options.command is None:
+        return parser.format_help().rstrip()
+    return _COMMANDS[options.command](options[options.command])
+
+
+def main(command: Callable[[], Any] = run) -> int:
     """Run a command with messages on the terminal and errors as one paragraph; returns the exit status."""
-    handler = logging.StreamHandler(sys.stdout)
+    with _messages():
+        try:
+            log.info("%s", command())
+        except InputError as error:
+            if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":  # all ranks fail with it; one says so
+                sys.stderr.write(f"adamerge: {error}\n")
+            return 2
+        except KeyboardInterrupt:
+            sys.stderr.write("adamerge: stopped by Ctrl-C.\n")
+            return 130
+    return 0
+
+
+@contextmanager
+def _messages() -> Iterator[None]:
+    """The library's messages go to stdout for the length of the block."""
+    handler, level, propagate = _ToStdout(), log.level, log.propagate
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.addHandler(handler)
     log.setLevel(logging.INFO)
-    for noisy in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    log.propagate = False  # libraries may put handlers of their own on the root logger
     try:
-        log.info("%s", command())
-    except InputError as error:
-        if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":  # every rank fails with it; one says so
-            sys.stderr.write(f"adamerge: {error}\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("adamerge: stopped by Ctrl-C.\n")
-        return 130
-    return 0
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+        log.propagate = propagate
+
+
+class _ToStdout(logging.StreamHandler):
+    """Writes to whatever is stdout at the time: a live display stands in for it, to keep messages above itself."""
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stdout
+
+    @stream.setter
+    def stream(self, value: Any) -> None:
+        """Chosen at each message, not once."""

@@ -1,13 +1,12 @@
 """Scores of a model on labelled data, and of the baselines every merge is shown beside."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from adamerge.backbones.base import to_device
@@ -45,7 +44,7 @@ def score(task: str, table_CC: Tensor) -> tuple[float, Collapse | None]:
 @torch.inference_mode()
 def evaluate(
     model: MultiTaskModel,
-    loaders: Mapping[str, DataLoader[Batch]],
+    loaders: Mapping[str, Iterable[Batch]],
     num_classes: Mapping[str, int],
     device: torch.device,
     convert: Callable[[Batch], Batch] = lambda batch: batch,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import platformdirs
 from filelock import FileLock
+from safetensors import SafetensorError
 
 from adamerge.types import InputError
 
@@ -24,12 +25,16 @@ def cache_dir() -> Path:
     return Path(os.environ.get("ADAMERGE_CACHE") or platformdirs.user_cache_dir("adamerge"))
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
 @contextmanager
 def _explained(target: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, SafetensorError) as error:
+        code = getattr(error, "errno", None) or next((c for c in _FULL if f"(os error {c})" in str(error)), None)
+        if code not in _FULL:
             raise
         raise InputError(
             f"No space left on the disk of {target.parent} while saving {target.name}. "
@@ -72,14 +77,35 @@ def atomic_file(target: Path) -> Iterator[Path]:
 
 
 def built_once(target: Path, build: Callable[[Path], None]) -> Path:
-    """`target`, built by `build(folder)` if it is not there yet: one builder at a time, the others wait and read."""
-    if not target.exists():
+    """`target`, built by `build(folder)` if it is not there whole: one builder at a time, the others wait and read.
+
+    A folder from which files were lost or cut short is built again.
+    """
+    if not _is_whole(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{target}.lock"):
-            if not target.exists():
+            if not _is_whole(target):
+                if target.exists():
+                    log.warning("%s is not whole and is made again.", target)
                 with atomic_dir(target) as folder:
                     build(folder)
+                    (folder / _MANIFEST).write_text(json.dumps(_sizes(folder)))
     return target
+
+
+_MANIFEST = "manifest.json"
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text())
+        return all((folder / name).stat().st_size == size for name, size in manifest.items())
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def sha256(path: Path) -> str:

@@ -1,8 +1,8 @@
-"""`python -m adamerge.fit --config configs/digits.yaml`: learn a merge."""
+"""`python -m adamerge.fit --config configs/digits.yaml`: learn a merge; the same as `adamerge fit`."""
 
 import sys
 
-from adamerge.cli import main
+from adamerge.cli import fit, main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(fit))

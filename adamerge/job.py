@@ -22,6 +22,8 @@ class RunOptions:
         dir: Exactly this directory instead; it must not exist yet.
         baselines: Score the base, the average, task arithmetic, TIES and the experts first.
         checkpoint_every: Optimiser steps between checkpoints to resume from.
+        plot_every: Optimiser steps between heatmaps of the coefficients, for loggers that show images (W&B); 0 for the
+            last one only.
     """
 
     root: str = "runs"
@@ -29,6 +31,7 @@ class RunOptions:
     dir: str | None = None
     baselines: bool = True
     checkpoint_every: int = 100
+    plot_every: int = 100
 
 
 @dataclass

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 from adamerge.backbones import Backbone
+from adamerge.backbones.base import to_device
 from adamerge.task_modules import TaskModule
 from adamerge.types import Batch, InputError, TaskOutput
 
@@ -48,6 +50,15 @@ class MultiTaskModel(nn.Module):
             for module in self.chain(task):
                 stack.enter_context(module.attach(self.bare_net()))
             yield
+
+    def classes(self, task: str) -> Sequence[str]:
+        """The class names of a task, in the order of its logits."""
+        return self.chain(task)[-1].classes
+
+    def prepare(self, samples: Sequence[Mapping[str, Any]]) -> Batch:
+        """Raw samples, say `[{"image": Image.open(path)}]`, as a batch on the model's device."""
+        batch = default_collate([self.backbone.prepare(sample) for sample in samples])
+        return to_device(batch, next(self.task_modules.parameters()).device)
 
     def bare_net(self) -> nn.Module:
         """The network itself."""

@@ -21,7 +21,7 @@ from adamerge.objectives import Entropy, Objective
 from adamerge.recorded import Recorded, spec
 from adamerge.rules import LayerWise, MergeRule
 from adamerge.space import ParamSpace
-from adamerge.task_modules import LinearHead, TaskModule
+from adamerge.task_modules import LinearHead, TaskModule, ZeroShotHead
 from adamerge.task_vectors import Placement, TaskVectors
 from adamerge.transforms import Transform
 from adamerge.types import Batch, InputError, TaskInfo, raise_all
@@ -101,19 +101,19 @@ class Recipe(Recorded):
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.space, self.vectors, self.apply_mode = space or SpaceOptions(), vectors or VectorOptions(), apply_mode
 
-    def open(self, num_classes: Mapping[str, int | None], left_out: Mapping[str, str] | None = None) -> "Opened":
+    def open(self, classes: Mapping[str, Sequence[str]], left_out: Mapping[str, str] | None = None) -> "Opened":
         """Open the sources, build the network with the base's weights and find what is merged; reads no task vectors.
 
         Args:
-            num_classes: C per task; tasks without a known number map to None.
+            classes: The class names of each task.
             left_out: Tensors to leave out, with the reason, beside those that `space.skip` names.
 
         Raises:
             InputError: Sources that are missing, damaged or do not fit the network or the tasks; all problems at once.
         """
-        if set(num_classes) != set(self.experts):
+        if set(classes) != set(self.experts):
             raise InputError(
-                f"`model.experts` has the tasks {', '.join(self.experts)}; `data.tasks` has {', '.join(num_classes)}. "
+                f"`model.experts` has the tasks {', '.join(self.experts)}; `data.tasks` has {', '.join(classes)}. "
                 "Give every task an expert and data, under one name."
             )
         states: dict[str, State] = {}
@@ -125,16 +125,15 @@ class Recipe(Recorded):
             space = space.without([name for name, why in (left_out or {}).items() if why == reason], reason)
         raise_all(header_problems(space, base, states), "the checkpoints")
         _fill(net, space, base, states)
-        chains = {}
-        for task, state in states.items():
-            info = TaskInfo(task, num_classes[task], state)
-            chains[task] = [*(make(info) for make in self.task_modules), self.backbone.head(info)]
-        return Opened(self, net, space, base, states, chains, num_classes)
+        infos = [TaskInfo(task, tuple(classes[task]), state, base) for task, state in states.items()]
+        heads = self.backbone.heads(infos)
+        chains = {info.name: [*(make(info) for make in self.task_modules), heads[info.name]] for info in infos}
+        return Opened(self, net, space, base, states, chains, classes)
 
     def _open_states(self, states: dict[str, State]) -> Iterator[str]:
         for name, source in [(_BASE, self.base), *self.experts.items()]:
             try:
-                states[name] = open_state(source)
+                states[name] = self.backbone.open(source)
             except InputError as error:
                 yield str(error)
 
@@ -149,7 +148,7 @@ class Opened:
     base: State
     experts: Mapping[str, State]
     chains: Mapping[str, list[TaskModule]]
-    num_classes: Mapping[str, int | None]
+    classes: Mapping[str, Sequence[str]]
     seconds: float = field(default=0.0, init=False)  # one task batch, forward and backward
 
     def leave_out_unreachable(self, batches: Mapping[str, Batch], device: torch.device) -> None:
@@ -185,7 +184,7 @@ class Opened:
             found = list(features.shape) if isinstance(features, Tensor) else f"a {type(features).__name__}"
             raise InputError(f"The features of task '{task}' are {found}; the backbone must give a tensor [{size}, D].")
         head = self.chains[task][-1]
-        width = head.weight.shape[1] if isinstance(head, LinearHead) else features.shape[1]
+        width = head.weight.shape[1] if isinstance(head, (LinearHead, ZeroShotHead)) else features.shape[1]
         if features.shape[1] != width:
             raise InputError(f"Task '{task}' has features of width {features.shape[1]}, its head takes {width}.")
 
@@ -244,7 +243,7 @@ class Opened:
             "space": vars(recipe.space),
             "vectors": vars(recipe.vectors),
             "left_out": {name: why for name, why in self.space.left_out.items() if why == "not reached by the loss"},
-            "num_classes": dict(self.num_classes),
+            "classes": {task: list(names) for task, names in self.classes.items()},
             "sources": {
                 who: {"source": absolute(source), "sha256": state.sha256()} for who, (source, state) in sources.items()
             },

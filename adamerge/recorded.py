@@ -103,7 +103,10 @@ def revive(value: Any, *, trust: bool, partial: bool = False) -> Any:
 
 def foreign(path: str) -> str:
     """What is said of code that is not trusted."""
-    return f"The merge is built with '{path}', which is not part of adamerge; pass trust=True if you trust it."
+    return (
+        f"The merge is built with '{path}', which is not part of adamerge; pass trust=True (in a command: --trust) "
+        "if you trust it."
+    )
 
 
 def _resolve(path: Any, trust: bool) -> Any:

@@ -5,9 +5,11 @@ import pickle
 import signal
 import struct
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from rich.console import Console
 
 from adamerge import artifact
-from adamerge.callbacks import GracefulStop, Progress, SaveOnException
+from adamerge.callbacks import GracefulStop, SaveOnException
 from adamerge.config import parse
 from adamerge.data import UnlabeledTasks
 from adamerge.evaluation import Scores, baselines, evaluate
@@ -30,9 +32,11 @@ from adamerge.module import AdaMerge, adam
 from adamerge.multitask import MultiTaskModel
 from adamerge.plan import plan
 from adamerge.processes import launch, once
+from adamerge.progress import Progress
 from adamerge.recipe import Opened, Recipe
-from adamerge.report import gain, score_table, shown
+from adamerge.report import gain, score_table, shown, write_plots
 from adamerge.run_folder import about, make_folder
+from adamerge.tracking import tracked
 from adamerge.types import InputError
 
 log = logging.getLogger("adamerge")
@@ -102,6 +106,25 @@ def train(
 
 def execute(job: Job) -> Run:
     """Run a job: launch the processes, check everything, score the baselines, train, save, score."""
+    with _terse_lightning():
+        return _execute(job)
+
+
+@contextmanager
+def _terse_lightning() -> Iterator[None]:
+    """Warnings only: what devices there are and when training ends is in the plan and in the table."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning")]
+    levels = [each.level for each in loggers]
+    for each in loggers:
+        each.setLevel(max(each.level, logging.WARNING))
+    try:
+        yield
+    finally:
+        for each, level in zip(loggers, levels, strict=True):
+            each.setLevel(level)
+
+
+def _execute(job: Job) -> Run:
     pl.seed_everything(job.seed_everything, verbose=False)
     job = _own(job)
     trainer = _make_trainer(job)
@@ -135,25 +158,38 @@ def execute(job: Job) -> Run:
         loaders = job.data.eval_loaders(trainer.global_rank, trainer.world_size)
         convert = trainer.precision_plugin.convert_input
         with trainer.precision_plugin.forward_context():
-            return evaluate(candidate, {task: loaders[task] for task in tasks}, job.data.num_classes, device, convert)
+            batches = {task: islice(loaders[task], _limit(trainer, len(loaders[task]))) for task in tasks}
+            return evaluate(candidate, batches, job.data.num_classes, device, convert)
 
-    def save(scores: Mapping[str, Scores]) -> None:
-        artifact.save(folder / "merge", model, {**record, "scores": dict(scores)})
+    def save(scores: Mapping[str, Scores], finished: bool = True) -> None:
+        how_far = {"steps": trainer.global_step, "finished": finished}
+        artifact.save(folder / "merge", model, {**record, **how_far, "scores": dict(scores)})
 
     scores: dict[str, Scores] = {}
     if job.run.baselines and job.data.eval_split is not None and not trainer.fast_dev_run:
-        with Console(stderr=True).status("Scoring the baselines …"):
+        with Console(stderr=True, quiet=not trainer.is_global_zero).status("Scoring the baselines …"):
             for name, candidate, tasks in baselines(model, raw):
                 with opened.buffers_of(tasks[0] if name.startswith("expert ") else None):
                     scores[name] = scored(candidate, tasks)
     del raw
-    _add_to_run(trainer, job, folder, lambda: save(scores))
-    _fit(trainer, module, job.data, checkpoint)
-    once(trainer, lambda: save(scores))
-    if job.data.eval_split is not None:
-        scores["this merge"] = scored(model.to(device), tuple(job.data.tasks))
+    _add_to_run(trainer, job, folder, lambda: save(scores, finished=False))
+    with tracked(trainer, folder, model.rule, scores, plot_every=job.run.plot_every, checkpoint=checkpoint):
+        _fit(trainer, module, job.data, checkpoint)
         once(trainer, lambda: save(scores))
+        if job.data.eval_split is not None:
+            scores["this merge"] = scored(model.to(device), tuple(job.data.tasks))
+            once(trainer, lambda: save(scores))
+    if not trainer.fast_dev_run:
+        once(trainer, lambda: _plot(folder, model, scores))
     return Run(folder, scores, model.folded(), model)
+
+
+def _plot(folder: Path, model: MergedModel, scores: Mapping[str, Scores]) -> None:
+    """Pictures are no reason to lose a run."""
+    try:
+        write_plots(folder / "plots", model=model, scores=scores, metrics=folder / "metrics.csv", vectors=model.vectors)
+    except (InputError, OSError, RuntimeError, ValueError) as error:
+        log.warning("The plots were not drawn: %s", error)
 
 
 def _own(job: Job) -> Job:
@@ -161,6 +197,7 @@ def _own(job: Job) -> Job:
     job = replace(job, recipe=copy(job.recipe), data=copy(job.data))
     if job.data.seed is None:
         job.data.seed = job.seed_everything
+    job.data.prepare = job.recipe.backbone.prepare
     if job.recipe.vectors.seed is None:
         job.recipe.vectors = replace(job.recipe.vectors, seed=job.seed_everything)
     return job
@@ -169,8 +206,8 @@ def _own(job: Job) -> Job:
 def _open(trainer: pl.Trainer, job: Job) -> Opened:
     """Rank 0 checks the sources first, alone: it hashes, builds demos, and its error ends every rank."""
     mine = []
-    once(trainer, lambda: mine.append(job.recipe.open(job.data.num_classes)))  # what stays here cannot travel
-    return mine[0] if mine else job.recipe.open(job.data.num_classes)
+    once(trainer, lambda: mine.append(job.recipe.open(job.data.classes)))  # what stays here cannot travel
+    return mine[0] if mine else job.recipe.open(job.data.classes)
 
 
 def _make_trainer(job: Job) -> pl.Trainer:
@@ -202,6 +239,12 @@ def _make_trainer(job: Job) -> pl.Trainer:
     if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
         raise InputError(f"`trainer.strategy` {type(trainer.strategy).__name__} is not supported; use auto or ddp.")
     return trainer
+
+
+def _limit(trainer: pl.Trainer, num_batches: int) -> int:
+    """How many batches are scored: what `trainer.limit_val_batches` allows; all where 0 asks for no validation."""
+    limit = trainer.limit_val_batches
+    return (limit if isinstance(limit, int) else int(limit * num_batches)) or num_batches
 
 
 def _checkpoint_path(path: str | None) -> str | None:

@@ -5,7 +5,7 @@ T tasks · G groups of tensors · S one tensor's shape · N elements of one tens
 classes.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,8 +35,9 @@ class TaskInfo:
     """What a task module may know of its task."""
 
     name: str
-    num_classes: int | None = None
+    classes: Sequence[str] | None = None  # the C class names
     expert: Mapping[str, Tensor] | None = None  # the expert's checkpoint, opened lazily
+    base: Mapping[str, Tensor] | None = None  # the base's
 
 
 @dataclass

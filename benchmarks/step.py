@@ -61,7 +61,7 @@ BASE = Encoder().state_dict()
 EXPERTS = {task: {name: p + 0.01 * torch.randn_like(p) for name, p in BASE.items()} for task in TASKS}
 VECTORS = TaskVectors.load(ParamSpace.of(Encoder()), BASE, EXPERTS)
 EXPERTS.clear()
-HEADS = {task: LinearHead(TaskInfo(task, CLASSES, {"head.weight": torch.randn(CLASSES, WIDTH) / 8})) for task in TASKS}
+HEADS = {task: LinearHead(TaskInfo(task, None, {"head.weight": torch.randn(CLASSES, WIDTH) / 8})) for task in TASKS}
 BATCHES = {task: {"input": torch.randn(SAMPLES, PATCHES, PIXELS)} for task in TASKS}
 
 

@@ -56,9 +56,9 @@ save_file(outputs, {str(tmp_path / "out.safetensors")!r})
 def test_tasks_and_groups_are_matched_by_name(run):
     """The record lists the experts in another order; rows of the coefficients follow their names."""
     record = yaml.safe_load((run.dir / "merge" / "merge.yaml").read_text())
-    sources, classes = record["sources"], record["num_classes"]
+    sources, classes = record["sources"], record["classes"]
     back = {"base": sources["base"], **{f"expert {task}": sources[f"expert {task}"] for task in reversed(TASKS)}}
-    rewrite(run, sources=back, num_classes={task: classes[task] for task in reversed(TASKS)})
+    rewrite(run, sources=back, classes={task: classes[task] for task in reversed(TASKS)})
     loaded = adamerge.load(run.dir, trust=True)
     assert loaded.tasks == TASKS[::-1]
     for task, batch in batches_of().items():

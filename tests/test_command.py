@@ -14,7 +14,7 @@ import yaml
 
 import adamerge
 from adamerge.artifact import open_merge
-from adamerge.cli import main
+from adamerge.cli import fit, main
 
 ROOT = Path(__file__).parent.parent
 
@@ -99,7 +99,7 @@ def here(monkeypatch, capsys):
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["adamerge.fit", *map(str, arguments)])
         try:
-            status = main()
+            status = main(fit)
         except SystemExit as leave:
             status = leave.code
         return status, *capsys.readouterr()

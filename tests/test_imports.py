@@ -28,21 +28,21 @@ LAYERS = [
     {"loops", "resume"},
     {"evaluation", "recipe"},
     {"artifact"},
-    {"module", "callbacks", "report"},
+    {"module", "callbacks", "progress", "report"},
     {"job", "processes"},
-    {"config", "run_folder", "plan"},
-    {"training"},
+    {"config", "run_folder", "plan", "tracking", "exporting", "runs"},
+    {"training", "rescore"},
     {"cli"},
     {"fit"},
 ]
 HOMES = {
-    "lightning": {"data", "module", "callbacks", "processes", "config", "training"},
-    "jsonargparse": {"config", "artifact"},
+    "lightning": {"data", "module", "callbacks", "progress", "processes", "config", "tracking", "training"},
+    "jsonargparse": {"config", "artifact", "cli"},
     "transformers": set(),
-    "open_clip": set(),
-    "wandb": set(),
-    "matplotlib": set(),
-    "rich": {"demo", "report", "training"},
+    "open_clip": {"backbones", "demo"},
+    "wandb": {"tracking"},
+    "matplotlib": {"report", "demo"},
+    "rich": {"backbones", "demo", "report", "training", "progress", "exporting", "runs", "rescore"},
 }
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
 

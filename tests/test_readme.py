@@ -5,13 +5,17 @@ import shlex
 import sys
 from pathlib import Path
 
+import open_clip
 import pytest
 import torch
-from safetensors.torch import save_file
+from PIL import Image
+from safetensors.torch import load_file
 
-from adamerge.cli import main
+import adamerge
+from adamerge.cli import fit, main
 from adamerge.config import make_parser
-from tests.tiny import Net
+from adamerge.data import HFDataset
+from tests.clips import write_clips
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -31,7 +35,7 @@ def test_the_output_shown_is_what_is_printed(command, printed, tmp_path, monkeyp
     _, _, _, *arguments = shlex.split(command)
     short = ["--run.root", str(tmp_path), "--trainer.max_steps", "2"]
     monkeypatch.setattr(sys, "argv", ["adamerge.fit", *arguments, *short])
-    assert main() == 0
+    assert main(fit) == 0
     out = capsys.readouterr().out
     steady = re.compile(r"^(?:Tasks|Merging|Learning|Memory):.*$", re.M)
     assert steady.findall(out) == steady.findall(printed)
@@ -39,13 +43,13 @@ def test_the_output_shown_is_what_is_printed(command, printed, tmp_path, monkeyp
     found, shown = (
         [numbers(line) for line in text.splitlines() if line.startswith("│")][:-1] for text in (out, printed)
     )
-    assert [len(row) for row in found] == [len(row) for row in shown] == [6] * 5
+    assert [len(row) for row in found] == [len(row) for row in shown] == [9] * 5
     # other processors may train slightly other experts
     assert torch.tensor(found).sub(torch.tensor(shown)).abs().mean() < 2
 
 
 def test_every_command_parses_and_names_what_exists():
-    assert len(COMMANDS) == 3
+    assert len(COMMANDS) == 4
     for command in COMMANDS:
         python, dash, module, *arguments = shlex.split(command)
         assert (python, dash, module) == ("python", "-m", "adamerge.fit")
@@ -56,27 +60,46 @@ def test_every_command_parses_and_names_what_exists():
         assert (ROOT / link).exists()
 
 
-class MyNet(Net):
-    """The network of the README's example."""
-
-
 def test_the_python_runs(tmp_path, monkeypatch):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "checkpoints").mkdir()
     monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    for name, classes in (("base", None), ("cats", 2), ("dogs", 3)):
-        head = {"head.weight": torch.randn(classes, 6), "head.bias": torch.zeros(classes)} if classes else {}
-        save_file({**MyNet().state_dict(), **head}, f"checkpoints/{name}.safetensors")
-    names = {
-        "MyNet": MyNet,
-        "cat_images": torch.randn(20, 5),
-        "dog_images": torch.randn(20, 5),
-        "cat_labels": torch.randint(2, (20,)),
-        "dog_labels": torch.randint(3, (20,)),
-    }
+    clips = write_clips(tmp_path / "clips")
+    clips["base"].rename("checkpoints/base")
+    torch.save(load_file(clips["a"] / "open_clip_model.safetensors"), "checkpoints/cats.pt")
+    (clips["b"] / "open_clip_model.safetensors").rename("checkpoints/dogs.safetensors")
+    for task, kinds in {"cats": ("siamese", "persian"), "dogs": ("gs", "poodle")}.items():
+        for index, folder in enumerate(
+            Path("images", task, split, kind) for split in ("train", "test") for kind in kinds
+        ):
+            folder.mkdir(parents=True)
+            for number in range(3):
+                Image.new("RGB", (20, 20), (40 * index, 80 * number, 0)).save(folder / f"{number}.png")
+    names = {}
     for kind, text in BLOCKS:
         if kind == "python":
             exec(text, names)
-    assert names["logits"].shape == (500, 2)
+    assert names["logits"].shape == (1, 26)
     assert names["run"].merge.tasks == ("cats", "dogs")
+    assert names["run"].merge.classes("dogs") == ("german shepherd", "poodle")
+
+
+def test_the_other_commands_do_what_is_said(tmp_path, monkeypatch, capsys):
+    """The lines that begin with `adamerge`, on a short run of the demo."""
+    lines = [
+        line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines() if line.startswith("adamerge ")
+    ]
+    assert [line.split()[1] for line in lines] == ["runs", "evaluate", "export"]
+    monkeypatch.chdir(tmp_path)
+    run = adamerge.train(ROOT / "configs" / "demo.yaml", **{"trainer.max_steps": 2, "run.baselines": False})
+    for line in lines:
+        monkeypatch.setattr(sys, "argv", shlex.split(line.replace("RUN", str(run.dir))))
+        assert main() == 0
+    assert "this merge" in capsys.readouterr().out
+    model, _, _ = open_clip.create_model_and_transforms("local-dir:merged-clip")
+    batch = run.merge.prepare([HFDataset("demo:zoo/data/latin").split("test")[0]])
+    tower = run.merge.bare_net()
+    with torch.no_grad():
+        expected = run.merge.features(batch)
+        pixels = (batch["image"] / 255 - tower.mean) / tower.std
+        torch.testing.assert_close(model.eval().encode_image(pixels), expected, rtol=1e-5, atol=1e-6)

@@ -37,7 +37,9 @@ def assert_equal(one, other, exact=True):
 
 def test_a_run_leaves_what_it_promises(config):
     run = adamerge.train(config(run={"baselines": True}, trainer={"val_check_interval": 2, "log_every_n_steps": 1}))
-    assert {p.name for p in run.dir.iterdir()} == {"config.yaml", "merge", "metrics.csv", "checkpoints"}
+    assert {p.name for p in run.dir.iterdir()} == {"config.yaml", "merge", "metrics.csv", "checkpoints", "plots"}
+    plots = {"accuracy.png", "coefficients.png", "cosine.png", "curves.png"}
+    assert {p.name for p in (run.dir / "plots").iterdir()} == plots
     assert {p.name for p in (run.dir / "merge").iterdir()} == {"merge.safetensors", "merge.yaml"}
     assert list(run.scores)[:4] == ["base", "average", "task arithmetic", "TIES"]
     assert list(run.scores)[4:] == [f"expert {task}" for task in TASKS] + ["this merge"]

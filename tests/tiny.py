@@ -233,7 +233,7 @@ def merged_of(
     vectors = vectors_of(net, tasks, group=group, dtype=dtype)
     chains = {}
     for task in tasks:
-        info = TaskInfo(task, CLASSES[task], pool[task])
+        info = TaskInfo(task, [str(c) for c in range(CLASSES[task])], pool[task])
         chains[task] = [*(make(info) for make in modules), LinearHead(info)]
     model = MergedModel(backbone, built.to(dtype), vectors, rule(vectors), chains, **options)
     for parameter in [p for part in (model.rule, model.task_modules) for p in part.parameters()]:

@@ -2,5 +2,6 @@
 
 from adamerge.backbones.base import Backbone
 from adamerge.backbones.module import Module
+from adamerge.backbones.open_clip import OpenCLIP
 
-__all__ = ["Backbone", "Module"]
+__all__ = ["Backbone", "Module", "OpenCLIP"]

@@ -1,9 +1,12 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from adamerge.checkpoints import State, open_state
 from adamerge.recorded import Recorded
 from adamerge.task_modules import TaskModule
 from adamerge.types import Batch, InputError, TaskInfo
@@ -26,6 +29,47 @@ class Backbone(Recorded, ABC):
     @abstractmethod
     def head(self, task: TaskInfo) -> TaskModule:
         """What turns a task's features into its logits."""
+
+    def heads(self, tasks: Sequence[TaskInfo]) -> dict[str, TaskModule]:
+        """The heads of all tasks, for backbones that make them faster together."""
+        return {task.name: self.head(task) for task in tasks}
+
+    def open(self, source: str) -> State:
+        """A checkpoint of the base or an expert, its tensors under the network's names. Default: `open_state`."""
+        return open_state(source)
+
+    def prepare(self, sample: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A raw sample (a decoded image, a text) as the network takes it, deterministically. Default: as it is."""
+        return sample
+
+    def export(self, net: nn.Module, base: State, folder: Path) -> None:
+        """Write a merged network, with all that its own library needs to load it, into an empty folder.
+
+        Args:
+            net: As `build` makes it, with the merged weights.
+            base: The base's checkpoint, for what is not merged.
+            folder: Where.
+
+        Raises:
+            InputError: This backbone has no layout that another library loads.
+        """
+        raise InputError(f"{type(self).__name__} has no layout of another library to export to; use `adamerge.load`.")
+
+    def exported(self, folder: Path) -> nn.Module:
+        """The network of an exported folder, loaded by its own library alone, as `build` makes it."""
+        raise InputError(f"{type(self).__name__} has no layout of another library to load from.")
+
+    def exported_heads(self, folder: Path, classes: Mapping[str, Sequence[str]]) -> Mapping[str, TaskModule]:
+        """The heads of an exported folder as its own library makes them from class names. Default: it makes none."""
+        return {}
+
+    def example(self, net: nn.Module, number: int) -> Batch:
+        """Random input for a network of this backbone's, the same at every call, to compare an export on."""
+        raise InputError(f"{type(self).__name__} does not say what its network takes.")
+
+    def about(self, task: str) -> Mapping[str, Any]:
+        """What a task's head is made from beside the class names, as plain data. Default: nothing."""
+        return {}
 
     def sources(self) -> Mapping[str, str]:
         """Further files the answers depend on, by a name for each; hashed with the merge. Default: none."""

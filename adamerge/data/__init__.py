@@ -2,7 +2,17 @@
 
 from adamerge.data.base import TaskData, TensorTask
 from adamerge.data.digits import Digits
+from adamerge.data.images import HFDataset, ImageFolder
 from adamerge.data.stream import StepSampler, StepStream
 from adamerge.data.unlabeled import UnlabeledTasks
 
-__all__ = ["Digits", "StepSampler", "StepStream", "TaskData", "TensorTask", "UnlabeledTasks"]
+__all__ = [
+    "Digits",
+    "HFDataset",
+    "ImageFolder",
+    "StepSampler",
+    "StepStream",
+    "TaskData",
+    "TensorTask",
+    "UnlabeledTasks",
+]

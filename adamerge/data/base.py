@@ -1,6 +1,6 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -10,7 +10,13 @@ from adamerge.types import InputError
 
 
 class TaskData(Recorded, ABC):
-    """One task's data: split: name -> map-style dataset of {"label": int, ...: tensors}."""
+    """One task's data: split: name -> map-style dataset of {"label": int, ...: tensors or what a backbone prepares}.
+
+    Attributes:
+        repeatable: A sample is the same whenever it is asked for, so that it may be remembered once it is prepared.
+    """
+
+    repeatable: ClassVar[bool] = False
 
     @property
     @abstractmethod

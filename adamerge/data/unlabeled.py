@@ -1,4 +1,4 @@
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -6,6 +6,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from adamerge.data.base import TaskData
+from adamerge.data.prepared import Prepare, Prepared
 from adamerge.data.stream import StepSampler, StepStream
 from adamerge.recorded import Recorded
 from adamerge.types import Batch, InputError, raise_all
@@ -21,6 +22,7 @@ class UnlabeledTasks(Recorded, pl.LightningDataModule):
         eval_split: The split evaluated on; none for tasks without labels, then nothing is scored.
         eval_batch_size: Samples per forward in evaluation.
         num_workers: Processes that prepare batches; each prepares whole steps.
+        cache_limit: Memory for decoded samples, in GB on each rank; a split that does not fit is decoded every time.
         seed: Seeds the order of the samples and any randomness in them; by default the run's seed.
 
     Raises:
@@ -36,6 +38,7 @@ class UnlabeledTasks(Recorded, pl.LightningDataModule):
         eval_split: str | None = "test",
         eval_batch_size: int = 256,
         num_workers: int = 0,
+        cache_limit: float = 4.0,
         seed: int | None = None,
     ) -> None:
         super().__init__()
@@ -47,8 +50,16 @@ class UnlabeledTasks(Recorded, pl.LightningDataModule):
             )
         self.tasks, self.batch_size, self.split, self.eval_split = dict(tasks), batch_size, split, eval_split
         self.eval_batch_size, self.num_workers, self.seed = eval_batch_size, num_workers, seed
+        self.cache_limit = cache_limit
         self.labels = False  # set by the run when an objective needs labels
+        self.prepare: Prepare | None = None  # set by the run: how the backbone takes a raw sample
         self._splits: dict[str, dict[str, Dataset[Any]]] = {}
+        self._cached = 0  # bytes
+
+    @property
+    def classes(self) -> dict[str, Sequence[str]]:
+        """The class names of each task."""
+        return {task: data.classes for task, data in self.tasks.items()}
 
     @property
     def num_classes(self) -> dict[str, int]:
@@ -70,9 +81,14 @@ class UnlabeledTasks(Recorded, pl.LightningDataModule):
     def _open(self, split: str, opened: dict[str, Dataset[Any]]) -> Iterator[str]:
         for task, data in self.tasks.items():
             try:
-                opened[task] = data.split(split)
-                if len(opened[task]) == 0:  # type: ignore[arg-type]
+                samples = data.split(split)
+                if len(samples) == 0:  # type: ignore[arg-type]
                     yield f"Task '{task}' is empty: its split '{split}' has no samples."
+                elif self.prepare is not None:
+                    limit = int(1e9 * self.cache_limit) - self._cached if data.repeatable else 0
+                    samples = Prepared(samples, self.prepare, limit)
+                    self._cached += samples.size
+                opened[task] = samples
             except InputError as error:
                 yield f"Task '{task}': {error}"
 

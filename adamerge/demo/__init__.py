@@ -9,14 +9,15 @@ from adamerge.types import InputError
 
 
 def locate_demo(name: str) -> Path:
-    """The file behind `demo:POOL/NAME`, built first if need be.
+    """The file or folder behind `demo:POOL/NAME`, built first if need be.
 
     Raises:
         InputError: No such pool or model.
     """
-    pool, _, model = name.partition("/")
-    if pool != "digits":
-        raise InputError(f"There is no demo pool '{pool}'; there is digits.")
-    from adamerge.demo import digits
+    from adamerge.demo import digits, zoo
 
-    return digits.locate(model)
+    pools = {"digits": digits.locate, "zoo": zoo.locate}
+    pool, _, model = name.partition("/")
+    if pool not in pools:
+        raise InputError(f"There is no demo pool '{pool}'; there are {', '.join(pools)}.")
+    return pools[pool](model)

@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from rich.console import Console
@@ -65,7 +66,8 @@ def samples(task: str, split: str) -> tuple[Tensor, Tensor]:
         raise InputError(
             f"The digits have tasks {', '.join(TASKS)} and splits {', '.join(SPLITS)}; asked for {task}, {split}."
         )
-    image, digit = (tensor[SPLITS[split]] for tensor in _scans())
+    image, digit = (torch.from_numpy(array[SPLITS[split]]) for array in scans())
+    image = image.float()[:, None] * 2 - 1
     if task == "turned":
         image = image.rot90(1, (2, 3))
     if task == "inverted":
@@ -76,12 +78,13 @@ def samples(task: str, split: str) -> tuple[Tensor, Tensor]:
 
 
 @lru_cache(maxsize=1)
-def _scans() -> tuple[Tensor, Tensor]:
+def scans() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    """scikit-learn's 1797 scans, shuffled: pixels [N, 8, 8] in [0, 1], 1 where there is ink, and digits [N]."""
     from sklearn.datasets import load_digits
 
-    scans = load_digits()
-    order = np.random.RandomState(0).permutation(len(scans.target))
-    return torch.from_numpy(scans.images[order]).float()[:, None] / 8 - 1, torch.from_numpy(scans.target[order]).long()
+    found = load_digits()
+    order = np.random.RandomState(0).permutation(len(found.target))
+    return found.images[order] / 16, found.target[order].astype(np.int64)
 
 
 def locate(model: str) -> Path:

@@ -35,6 +35,10 @@ class MergeRule(Recorded, Learnable, ABC):
     def merge(self, name: str, base: Tensor, deltas: Deltas, shared: Any) -> Tensor:
         """Merged weights of one tensor, [*S], in at least fp32; must not change its inputs."""
 
+    def coefficients(self) -> Tensor | None:
+        """The coefficients [T, G] that the merge uses, for plots and tables. Default: None, the rule has no such."""
+        return None
+
     def project_(self) -> None:
         """Bring the learnables back into their set, in place, after an optimiser step. Default: nothing."""
 

@@ -28,7 +28,7 @@ class TaskModule(Recorded, Learnable, ABC):
 
     def __init__(self, task: TaskInfo) -> None:
         super().__init__()
-        self.task = task.name
+        self.task, self.classes = task.name, tuple(task.classes or ())
 
     def attach(self, net: nn.Module) -> AbstractContextManager[None]:
         """Change the network itself for the length of a block that spans forward and backward. Default: nothing."""

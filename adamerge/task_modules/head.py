@@ -33,9 +33,9 @@ class LinearHead(TaskModule):
                 f"Task '{task.name}' has no head '{prefix}weight' in {where}; it holds the weights {held}."
             )
         weight_CD = state[f"{prefix}weight"].float()
-        if task.num_classes not in (None, weight_CD.shape[0]):
+        if task.classes is not None and len(task.classes) != weight_CD.shape[0]:
             raise InputError(
-                f"Task '{task.name}' has {task.num_classes} classes, its head in {where} {weight_CD.shape[0]}."
+                f"Task '{task.name}' has {len(task.classes)} classes, its head in {where} {weight_CD.shape[0]}."
             )
         self.weight = nn.Parameter(weight_CD.clone(), requires_grad=trainable)
         has_bias = f"{prefix}bias" in state
@@ -43,3 +43,24 @@ class LinearHead(TaskModule):
 
     def forward(self, features: Tensor) -> Tensor:
         return F.linear(features, self.weight, self.bias)
+
+
+class ZeroShotHead(TaskModule):
+    """Cosine similarity with the classes' text embeddings, frozen: features [B, D] -> logits [B, C].
+
+    Args:
+        task: The task.
+        weight: Embeddings of the classes [C, D]; normalised here.
+        scale: Factor of the cosine: CLIP's `logit_scale`, exponentiated.
+        bias: Added to every logit: SigLIP's `logit_bias`.
+
+    Source: CLIP, arXiv 2103.00020.
+    """
+
+    def __init__(self, task: TaskInfo, weight: Tensor, scale: float, bias: float = 0.0) -> None:
+        super().__init__(task)
+        self.weight = nn.Parameter(F.normalize(weight.float(), dim=-1), requires_grad=False)
+        self.scale, self.bias = scale, bias
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.scale * F.normalize(features, dim=-1) @ self.weight.T + self.bias

@@ -1,22 +1,20 @@
-"""What a run says: the plan before, the table of scores after."""
+"""The table of scores, and numbers as a person reads them."""
 
 from collections.abc import Mapping
 from io import StringIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from adamerge.evaluation import Scores
+if TYPE_CHECKING:
+    from adamerge.evaluation import Scores  # at run time it brings torchmetrics, and that pyplot
 
 
-def score_table(scores: Mapping[str, Scores], *, title: str = "Accuracy in %") -> str:
+def score_table(scores: Mapping[str, "Scores"], *, title: str = "Accuracy in %") -> str:
     """A row per merge and a column per task, with the mean where all tasks were scored; the experts share one row."""
-    experts = {task: value for row, each in scores.items() if row.startswith("expert ") for task, value in each.items()}
-    rows = {row: each for row, each in scores.items() if not row.startswith("expert ")}
-    if experts:
-        last = list(rows)[-1]
-        rows = {**{row: each for row, each in rows.items() if row != last}, "experts": experts, last: rows[last]}
+    rows = with_experts_joined(scores)
     tasks = list(dict.fromkeys(task for each in rows.values() for task in each))
     table = Table(title=title, title_justify="left")
     table.add_column("")
@@ -28,25 +26,45 @@ def score_table(scores: Mapping[str, Scores], *, title: str = "Accuracy in %") -
     return rendered(table)
 
 
-def gain(scores: Mapping[str, Scores]) -> str:
+def with_experts_joined(scores: Mapping[str, "Scores"]) -> dict[str, "Scores"]:
+    """The rows with all `expert TASK` as one row `experts`, the last but one."""
+    experts = {task: value for row, each in scores.items() if row.startswith("expert ") for task, value in each.items()}
+    rows = {row: each for row, each in scores.items() if not row.startswith("expert ")}
+    if experts:
+        *before, last = rows.items() if rows else [("experts", experts)]
+        rows = {**dict(before), "experts": experts, last[0]: last[1]}
+    return rows
+
+
+def gain(scores: Mapping[str, "Scores"]) -> str:
     """How the last row stands to the best of the merges that needed no training, in points of mean accuracy."""
-    *before, last = scores
-    rivals = {row: mean(scores[row]) for row in before if not row.startswith("expert ")}
-    if not rivals:
+    last, ahead = list(scores)[-1], lead(scores)
+    if ahead is None:
         return f"{last}: {100 * mean(scores[last]):.1f}"
-    best = max(rivals, key=lambda row: rivals[row])
-    points = 100 * (mean(scores[last]) - rivals[best])
+    points, best = ahead
     return f"{last}: {abs(points):.1f} points {'above' if points >= 0 else 'below'} the best without training ({best})"
 
 
-def mean(scores: Scores) -> float:
+def lead(scores: Mapping[str, "Scores"]) -> tuple[float, str] | None:
+    """Points of mean accuracy by which the last row leads the best merge without training, and that row; or None."""
+    *before, last = scores
+    rivals = {row: mean(scores[row]) for row in before if not row.startswith("expert ")}
+    if not rivals:
+        return None
+    best = max(rivals, key=lambda row: rivals[row])
+    return 100 * (mean(scores[last]) - rivals[best]), best
+
+
+def mean(scores: "Scores") -> float:
     """The plain mean over tasks."""
     return sum(scores.values()) / max(1, len(scores))
 
 
-def rendered(table: Table) -> str:
-    """A rich table as text without colours, wide enough for all columns."""
-    console = Console(file=StringIO(), width=max(80, 14 * (len(table.columns) + 1)), color_system=None)
+def rendered(table: Table, *, width: int | None = None) -> str:
+    """A rich table as text without colours, at most so many characters wide; by default 14 for each column."""
+    console = Console(
+        file=StringIO(), force_jupyter=False, width=width or max(80, 14 * (len(table.columns) + 1)), color_system=None
+    )
     console.print(table)
     return str(console.file.getvalue()).rstrip()  # type: ignore[attr-defined]
 

@@ -1,0 +1,221 @@
+"""CLIP models of open_clip: the image tower is merged, the base's text tower makes the heads."""
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from adamerge.backbones.base import Backbone
+from adamerge.backbones.clip_source import CONFIG, WEIGHTS, ClipSource, lasting
+from adamerge.checkpoints import State
+from adamerge.files import atomic_file, cache_dir
+from adamerge.task_modules import TaskModule, ZeroShotHead
+from adamerge.types import Batch, InputError, TaskInfo, some
+
+log = logging.getLogger("adamerge")
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".npz", ".npy", ".h5", ".msgpack")
+
+
+class OpenCLIP(Backbone):
+    """A CLIP of open_clip: its image tower is merged; zero-shot heads come from the base's text tower.
+
+    Base and experts may be whole CLIP checkpoints or hold the image tower alone (tensors `visual.*`, under any one
+    prefix); what else they hold is not compared. The base must be whole: its text tower makes the heads, and the logit
+    scale is its own.
+
+    Args:
+        model: Where architecture, preprocessing and tokenizer come from: an open_clip name (`ViT-B-32`), a name with
+            the tag of pretrained weights (`open_clip:ViT-B-32/laion2b_s34b_b79k`), `hf-hub:ORG/NAME`, a folder, or
+            `demo:zoo/base`. Base and experts take the same forms, or name a checkpoint file.
+        templates: Prompts with `{}` for the class name, for all tasks or for each; their embeddings are averaged.
+        input: Which entry of a sample is the image: a PIL image, a uint8 tensor of the network's size [3, H, W], or a
+            floating tensor that is already normalised.
+
+    Raises:
+        InputError: No such model, no network, weights that open_clip cannot read, or class names that repeat.
+
+    Source: open_clip; zero-shot classifiers as in CLIP, arXiv 2103.00020: prompts normalised, averaged, normalised.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        templates: Sequence[str] | Mapping[str, Sequence[str]] = ("a photo of a {}.",),
+        input: str = "image",
+    ) -> None:
+        self._arguments["model"] = lasting(model)
+        self._source, self._templates, self._input = ClipSource(lasting(model)), templates, input
+        self._settings: dict[str, Any] = {}  # of the preprocessing, once a model was made
+        every = list(templates.values()) if isinstance(templates, Mapping) else [templates]
+        wrong = [prompt for prompts in every for prompt in prompts if "{}" not in prompt]
+        if wrong or not all(every):
+            raise InputError(f"`backbone.templates` need {{}} for the class name; {wrong or 'an empty list'} has none.")
+
+    # --- the network
+
+    def build(self) -> nn.Module:
+        return self._tower(self._source.create())
+
+    def _tower(self, clip: Any) -> "_ImageTower":
+        self._settings = dict(clip.visual.preprocess_cfg)
+        return _ImageTower(clip.visual, self._settings)
+
+    def features(self, net: nn.Module, batch: Batch) -> Tensor:
+        if self._input not in batch:
+            raise InputError(f"`backbone.input` is '{self._input}', but a batch holds {', '.join(sorted(batch))}.")
+        return net(batch[self._input])
+
+    def prepare(self, sample: Mapping[str, Any]) -> Mapping[str, Any]:
+        image = sample.get(self._input)
+        return sample if image is None or isinstance(image, Tensor) else {**sample, self._input: self._resize(image)}
+
+    @cached_property
+    def _resize(self) -> Callable[[Any], Tensor]:
+        """From a PIL image to uint8 [3, H, W]: open_clip's own preprocessing, which the network goes on with."""
+        from open_clip.transform import PreprocessCfg, image_transform_v2
+        from torchvision.transforms import Compose, PILToTensor
+
+        settings = self._settings or self._source.create().visual.preprocess_cfg
+        steps = image_transform_v2(PreprocessCfg(**settings), is_train=False).transforms
+        assert [type(step).__name__.removeprefix("Maybe") for step in steps[-2:]] == ["ToTensor", "Normalize"]
+        return Compose([*steps[:-2], PILToTensor()])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_resize"}
+
+    def open(self, source: str) -> State:
+        return self._source.image_state(source)
+
+    # --- heads
+
+    def templates(self, task: str) -> Sequence[str]:
+        """The prompts of a task."""
+        if not isinstance(self._templates, Mapping):
+            return self._templates
+        if task not in self._templates:
+            raise InputError(f"`backbone.templates` has none for task '{task}'; it has {', '.join(self._templates)}.")
+        return self._templates[task]
+
+    def head(self, task: TaskInfo) -> TaskModule:
+        return self.heads([task])[task.name]
+
+    def heads(self, tasks: Sequence[TaskInfo]) -> dict[str, TaskModule]:
+        kept = {task.name: self._kept(task) for task in tasks}
+        missing = [task for task in tasks if not kept[task.name].exists()]
+        if missing:
+            clip, tokenize = self._whole(missing[0].base), self._source.tokenizer()
+            for task in track(missing, "Zero-shot heads", transient=True, disable=not log.isEnabledFor(logging.INFO)):
+                self._embed(task, clip, tokenize, kept[task.name])
+        return {task.name: _head(task, load_file(kept[task.name])) for task in tasks}
+
+    def _kept(self, task: TaskInfo) -> Path:
+        """Where a task's head is kept: a name made of everything it depends on."""
+        classes = list(task.classes or ())
+        repeated = sorted({name for name in classes if classes.count(name) > 1})
+        if repeated or not classes:
+            fault = f"has the class names {some(repeated)} more than once" if repeated else "has no class names"
+            raise InputError(f"Task '{task.name}' {fault}; its zero-shot head is made from one name for each class.")
+        assert isinstance(task.base, State)
+        made_of = [task.base.sha256(), self._source.config(), classes, list(self.templates(task.name))]
+        return cache_dir() / "heads" / (hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:32] + ".safetensors")
+
+    def _embed(self, task: TaskInfo, clip: Any, tokenize: Any, where: Path) -> None:
+        head = _embedded(clip, tokenize, list(task.classes or ()), self.templates(task.name))
+        with atomic_file(where) as new:
+            save_file(head, new)
+
+    def _whole(self, base: Mapping[str, Tensor] | None) -> Any:
+        assert isinstance(base, State)
+        return self._source.loaded(base.files[0])
+
+    # --- export
+
+    @torch.no_grad()
+    def export(self, net: nn.Module, base: State, folder: Path) -> None:
+        assert isinstance(net, _ImageTower)
+        image = {f"visual.{name}": tensor for name, tensor in net.visual.state_dict().items()}
+        dtype = next(tensor.dtype for tensor in image.values() if tensor.is_floating_point())
+        whole = self._whole(base).state_dict()
+        scalars = {name: tensor for name, tensor in whole.items() if name in ("logit_scale", "logit_bias")}
+        cast = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in whole.items()}
+        state = {**cast, **scalars, **image}  # an exponent rounded to bf16 would be off by a percent
+        save_file({name: tensor.cpu().clone().contiguous() for name, tensor in state.items()}, folder / WEIGHTS)
+        settings = {key: value for key, value in net.settings.items() if key != "size"}
+        text = json.dumps({"model_cfg": self._source.config(), "preprocess_cfg": settings}, indent=2)
+        (folder / CONFIG).write_text(text)
+        home = self._source.folder
+        for file in home.iterdir() if home is not None else ():  # a tokenizer's; open_clip's own has no files
+            if file.is_file() and file.name != CONFIG and file.suffix not in _WEIGHTS:
+                shutil.copyfile(file, folder / file.name)
+
+    def exported(self, folder: Path) -> nn.Module:
+        import open_clip
+
+        clip = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True)
+        return _ImageTower(clip.visual, clip.visual.preprocess_cfg).eval()
+
+    def exported_heads(self, folder: Path, classes: Mapping[str, Sequence[str]]) -> Mapping[str, TaskModule]:
+        import open_clip
+
+        clip = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True).eval()
+        tokenize = open_clip.get_tokenizer(f"local-dir:{folder}")
+        return {
+            task: _head(TaskInfo(task, names), _embedded(clip, tokenize, names, self.templates(task)))
+            for task, names in classes.items()
+        }
+
+    def example(self, net: nn.Module, number: int) -> Batch:
+        assert isinstance(net, _ImageTower)
+        size = net.settings["size"]
+        shape = (size, size) if isinstance(size, int) else tuple(size)
+        generator = torch.Generator().manual_seed(0)
+        return {self._input: torch.randint(256, (number, 3, *shape), generator=generator, dtype=torch.uint8)}
+
+    def about(self, task: str) -> Mapping[str, Any]:
+        return {"templates": list(self.templates(task))}
+
+
+class _ImageTower(nn.Module):
+    """Image [B, 3, H, W] -> embedding [B, D]; integers in [0, 255] are normalised here, on the device."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, visual: nn.Module, settings: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.visual, self.settings = visual, dict(settings)
+        for name in ("mean", "std"):
+            value = torch.tensor(settings[name], dtype=torch.float32)[:, None, None]
+            self.register_buffer(name, value, persistent=False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        if image.dtype == torch.uint8:
+            image = (image.to(self.mean.dtype) / 255 - self.mean) / self.std
+        embedding = self.visual(image)
+        return embedding[0] if isinstance(embedding, tuple) else embedding
+
+
+@torch.no_grad()
+def _embedded(clip: Any, tokenize: Any, classes: Sequence[str], templates: Sequence[str]) -> dict[str, Tensor]:
+    """A zero-shot head's tensors, as open_clip makes it: embeddings [C, D], scale [], bias []."""
+    from open_clip import build_zero_shot_classifier
+
+    weight_DC = build_zero_shot_classifier(clip, tokenize, list(classes), list(templates))
+    scale, bias = clip.logit_scale.exp(), getattr(clip, "logit_bias", None)
+    bias = torch.zeros(()) if bias is None else bias
+    head = {"weight": weight_DC.T.contiguous(), "scale": scale.reshape(()), "bias": bias.reshape(())}
+    return {name: tensor.float().clone() for name, tensor in head.items()}
+
+
+def _head(task: TaskInfo, made: Mapping[str, Tensor]) -> ZeroShotHead:
+    return ZeroShotHead(task, made["weight"], float(made["scale"]), float(made["bias"]))

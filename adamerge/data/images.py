@@ -1,0 +1,201 @@
+"""Images from folders and from Hugging Face `datasets`, decoded when asked for."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+from torch.utils.data import Dataset
+
+from adamerge.checkpoints import absolute, locate
+from adamerge.data.base import TaskData
+from adamerge.types import InputError, some
+
+_SUFFIXES = frozenset(Image.registered_extensions())
+
+
+class ImageFolder(TaskData):
+    """Images in folders: ROOT/SPLIT/CLASS/NAME.png; files that are not named as images do not count.
+
+    Args:
+        root: The folder.
+        classes: What the classes are called in prompts: by the name of their folder, or as many names as there are
+            folders, in alphabetical order of these. Default: the folders' names with spaces for underscores.
+        splits: The folder of a split, where it has another name.
+
+    Raises:
+        InputError: No such folder, class names that do not fit the folders, or files that are no readable images.
+    """
+
+    repeatable = True
+
+    def __init__(
+        self,
+        root: str,
+        *,
+        classes: Sequence[str] | Mapping[str, str] | None = None,
+        splits: Mapping[str, str] | None = None,
+    ) -> None:
+        self._root = Path(self._arguments.setdefault("root", absolute(root)))
+        self._given, self._splits = classes, dict(splits or {})
+
+    @property
+    def classes(self) -> Sequence[str]:
+        folders = self._folders()
+        if self._given is None:
+            return [name.replace("_", " ") for name in folders]
+        given = list(self._given)
+        if len(given) != len(folders) or (isinstance(self._given, Mapping) and set(given) != set(folders)):
+            raise InputError(f"`classes` has {some(given)}; the class folders in {self._root} are {some(folders)}.")
+        return [self._given[name] for name in folders] if isinstance(self._given, Mapping) else given
+
+    def _folders(self) -> list[str]:
+        """The names of the class folders, of all splits together."""
+        if not self._root.is_dir():
+            raise InputError(f"There is no image folder at {self._root}.")
+        splits = [folder for folder in self._root.iterdir() if folder.is_dir() and not folder.name.startswith(".")]
+        found = {c.name for s in splits for c in s.iterdir() if c.is_dir() and not c.name.startswith(".")}
+        if not found:
+            raise InputError(f"{self._root} holds no SPLIT/CLASS folders with images.")
+        return sorted(found)
+
+    def split(self, name: str) -> Dataset[Mapping[str, Any]]:
+        folder = self._root / self._splits.get(name, name)
+        if not folder.is_dir():
+            there = sorted(each.name for each in self._root.iterdir() if each.is_dir())
+            raise InputError(f"{self._root} has no folder '{folder.name}' for the split '{name}'; it has {there}.")
+        samples = [
+            (file, label)
+            for label, kind in enumerate(self._folders())
+            for file in sorted((folder / kind).rglob("*"))
+            if file.suffix.lower() in _SUFFIXES and not file.name.startswith(".")
+        ]
+        unreadable = [str(file) for file, _ in samples if not _has_header(file)]
+        if unreadable:
+            raise InputError(f"Files that are no readable images: {some(unreadable)}. Remove or replace them.")
+        return _Files(samples)
+
+
+class _Files(Dataset[Mapping[str, Any]]):
+    def __init__(self, samples: Sequence[tuple[Path, int]]) -> None:
+        self._samples = samples
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        file, label = self._samples[index]
+        try:
+            with Image.open(file) as image:
+                image.load()
+                return {"image": image, "label": label}
+        except OSError as error:
+            raise InputError(f"The image {file} cannot be decoded ({error}); remove or replace it.") from error
+
+
+def _has_header(file: Path) -> bool:
+    try:
+        with Image.open(file):
+            return True
+    except (UnidentifiedImageError, OSError):
+        return False
+
+
+class HFDataset(TaskData):
+    """A data set of Hugging Face `datasets`: a hub id, a folder of `save_to_disk`, or one of parquet, jsonl or images.
+
+    Args:
+        path: Hub id, folder, or `demo:zoo/data/TASK`.
+        name: Configuration of a hub data set.
+        revision: Revision of a hub data set: a commit, tag or branch.
+        splits: The data set's own expression for a split: `{unlabeled: "train[80%:]"}`; by default its name.
+        columns: The data set's column for an entry of a sample.
+        classes: What the classes are called in prompts, in the order of the labels. Default: the names in the data set.
+
+    Raises:
+        InputError: Nothing there, no network, no such split or column, or class names that do not fit the labels.
+    """
+
+    repeatable = True
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        name: str | None = None,
+        revision: str | None = None,
+        splits: Mapping[str, str] | None = None,
+        columns: Mapping[str, str] | None = None,
+        classes: Sequence[str] | None = None,
+    ) -> None:
+        if Path(path).expanduser().exists():  # found again from any working directory
+            path = self._arguments["path"] = absolute(path)
+        self._path, self._name, self._revision = path, name, revision
+        self._splits, self._given = dict(splits or {}), classes
+        self._columns = {"image": "image", "label": "label"} | dict(columns or {})
+        self._opened: dict[str, Any] = {}
+
+    @property
+    def classes(self) -> Sequence[str]:
+        feature = self._open(self._first_split()).features.get(self._columns["label"])
+        names = getattr(feature, "names", None)
+        if self._given is None:
+            if names is None:
+                raise InputError(f"{self._path} does not name its classes; list them in `classes`.")
+            return list(names)
+        if names is not None and len(names) != len(self._given):
+            raise InputError(f"`classes` has {some(self._given)}; the labels of {self._path} are {some(names)}.")
+        return list(self._given)
+
+    def split(self, name: str) -> Dataset[Mapping[str, Any]]:
+        opened = self._open(self._splits.get(name, name))
+        missing = [column for column in self._columns.values() if column not in opened.column_names]
+        if missing:
+            there = ", ".join(opened.column_names)
+            raise InputError(f"{self._path} has no column {', '.join(missing)}; it has {there}. "
+                             "Say in `columns` what an entry is called there.")  # fmt: skip
+        return _Rows(opened.select_columns(list(self._columns.values())), self._columns, self._path)
+
+    def _first_split(self) -> str:
+        return next(iter(self._splits.values()), "train")
+
+    def _open(self, split: str) -> Any:
+        if split not in self._opened:
+            self._opened[split] = self._load(split)
+        return self._opened[split]
+
+    def _load(self, split: str) -> Any:
+        import datasets
+
+        folder = locate(self._path) if self._path.startswith("demo:") else Path(self._path).expanduser()
+        try:
+            if (folder / "dataset_dict.json").exists():
+                return datasets.load_from_disk(str(folder / split))
+            if (folder / "state.json").exists():
+                raise InputError(f"{folder} is one split of a data set; name the folder above it.")
+            where = str(folder) if folder.exists() else self._path
+            return datasets.load_dataset(where, self._name, revision=self._revision, split=split)
+        except InputError:
+            raise
+        except Exception as error:  # `datasets` and the hub raise what they like
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(f"The split '{split}' of the data set '{self._path}' cannot be opened: {reason}. "
+                             "Check the path or hub id, the split's name, and the network.") from error  # fmt: skip
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": {}}
+
+
+class _Rows(Dataset[Mapping[str, Any]]):
+    def __init__(self, rows: Any, columns: Mapping[str, str], path: str) -> None:
+        self._rows, self._columns, self._path = rows, columns, path
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        try:
+            row = self._rows[index]
+        except OSError as error:
+            raise InputError(f"Sample {index} of {self._path} cannot be decoded ({error}); leave it out.") from error
+        return {entry: row[column] for entry, column in self._columns.items()}

@@ -1,0 +1,94 @@
+"""A learned merge scored again, on the data that its run was configured with."""
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+
+from adamerge.artifact import load, read_record
+from adamerge.config import data_of
+from adamerge.data import UnlabeledTasks
+from adamerge.evaluation import Scores, evaluate
+from adamerge.exporting import device_of
+from adamerge.report import gain, score_table
+from adamerge.types import Batch, InputError, raise_all, some
+
+
+def rescore(
+    run: str | Path,
+    *,
+    split: str | None = None,
+    batch_size: int | None = None,
+    device: str = "auto",
+    trust: bool = False,
+) -> str:
+    """Score a run's merge, folded into one network; the table of scores as text.
+
+    Args:
+        run: The run's directory.
+        split: Which split; by default the one that the run evaluated on, beside whose baselines it is shown.
+        batch_size: Samples per forward; by default the run's.
+        device: `auto`, `cpu` or `cuda`.
+        trust: Also build classes from outside adamerge that the run names.
+
+    Raises:
+        InputError: No run, data that cannot be made again or have other classes than the merge, or no labelled split.
+    """
+    folder, record = read_record(run)
+    where, config = device_of(device), folder.parent / "config.yaml"
+    data = data_of(config, trust=trust)
+    raise_all(_other_classes(data, record["classes"]), "the data")
+    recorded, data.eval_split = data.eval_split, split or data.eval_split
+    if data.eval_split is None:
+        raise InputError("The run evaluated on no split; name one that has labels with --split.")
+    if batch_size is not None and batch_size < 1:
+        raise InputError(f"`--batch_size` is {batch_size}; it is at least 1.")
+    data.eval_batch_size = batch_size or data.eval_batch_size
+    now = _scored(folder, data, where, _precision(config), trust)
+    same = data.eval_split == recorded
+    before = {row: each for row, each in (record.get("scores") or {}).items() if row != "this merge"} if same else {}
+    scores = {**before, "this merge": now}
+    note = "" if same else f"\nThe run's baselines were scored on '{recorded}', and are left out."
+    return f"{score_table(scores, title=f'Accuracy in % on {data.eval_split!r}')}\n{gain(scores)}{note}"
+
+
+def _scored(folder: Path, data: UnlabeledTasks, device: torch.device, precision: str, trust: bool) -> Scores:
+    """Accuracy per task, computed in the precision that the run scored in."""
+    with Console(stderr=True).status("Opening the merge …") as status:
+        dtype = torch.bfloat16 if precision == "bf16-true" else None
+        model = load(folder, trust=trust, dtype=dtype).to(device)
+        data.prepare = model.backbone.prepare
+        loaders = data.eval_loaders()
+        status.update(f"Scoring {some(loaders)} …")
+
+        def convert(batch: Batch) -> Batch:
+            return {key: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for key, v in batch.items()}
+
+        mixed = precision in ("bf16-mixed", "bf16")
+        with torch.autocast(device.type, torch.bfloat16) if mixed else nullcontext():
+            return evaluate(model, loaders, data.num_classes, device, convert)
+
+
+def _precision(config: Path) -> str:
+    trainer: Any = yaml.safe_load(config.read_text()).get("trainer")
+    return str(trainer.get("precision")) if isinstance(trainer, Mapping) else ""
+
+
+def _other_classes(data: UnlabeledTasks, made_for: Mapping[str, list[str]]) -> Any:
+    """What is wrong where the data's classes are not those, in that order, that the merge's heads were made for."""
+    found = data.classes
+    if set(found) != set(made_for):
+        yield f"The data have the tasks {', '.join(found)}; the merge {', '.join(made_for)}."
+    for task in set(found) & set(made_for):
+        if list(found[task]) != list(made_for[task]):
+            pairs = zip([*found[task], *[None] * len(made_for[task])], made_for[task], strict=False)
+            now, then = next(((a, b) for a, b in pairs if a != b), (None, None))
+            place = f"'{now}' stands where '{then}' was" if then is not None else "there are more now"
+            yield (
+                f"The classes of task '{task}' are not those that the merge's head was made for ({place}): "
+                f"{some(found[task])} now, {some(made_for[task])} then. Score on the data that it was learned with."
+            )

@@ -1,0 +1,219 @@
+"""Images from folders and from data sets: read, prepared once, remembered; what is wrong is said."""
+
+import pickle
+
+import datasets
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from adamerge.data import HFDataset, ImageFolder, UnlabeledTasks
+from adamerge.data.prepared import Prepared
+from adamerge.types import InputError
+
+
+def picture(value):
+    return Image.new("RGB", (6, 5), (value, 0, 0))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for split, number in (("train", 4), ("test", 2)):
+        for kind, value in (("house_cat", 10), ("dog", 200)):
+            (tmp_path / "pets" / split / kind).mkdir(parents=True)
+            for index in range(number):
+                picture(value + index).save(tmp_path / "pets" / split / kind / f"{index}.png")
+    (tmp_path / "pets" / "train" / "dog" / ".hidden.png").write_text("")
+    (tmp_path / "pets" / "train" / "dog" / "notes.txt").write_text("no image")
+    return tmp_path / "pets"
+
+
+def rows(number=6):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["red", "black"])})
+    images = [picture(255 * (index % 2 == 0)) for index in range(number)]
+    return datasets.Dataset.from_dict(
+        {"image": images, "label": [index % 2 for index in range(number)]}, features=features
+    )
+
+
+# --- folders
+
+
+def test_a_folder_is_read_by_class(folder):
+    data = ImageFolder(str(folder))
+    assert data.classes == ["dog", "house cat"]
+    samples = data.split("train")
+    assert [samples[index]["label"] for index in range(len(samples))] == [0] * 4 + [1] * 4
+    assert samples[0]["image"].getpixel((0, 0)) == (200, 0, 0)
+    assert len(data.split("test")) == 4
+    assert len(ImageFolder(str(folder), splits={"unlabeled": "test"}).split("unlabeled")) == 4
+
+
+def test_class_names_can_be_given(folder):
+    assert ImageFolder(str(folder), classes=["a dog", "a cat"]).classes == ["a dog", "a cat"]
+    named = ImageFolder(str(folder), classes={"house_cat": "a cat", "dog": "a dog"})
+    assert named.classes == ["a dog", "a cat"]
+    for wrong in (["a dog"], ["a", "b", "c"], {"dog": "a dog", "cat": "a cat"}):
+        with pytest.raises(InputError, match=r"`classes` has .*; the class folders in .*pets are 2 \(dog, house_cat\)"):
+            _ = ImageFolder(str(folder), classes=wrong).classes
+
+
+def test_unreadable_files_are_listed_at_once(folder):
+    (folder / "train" / "dog" / "1.png").write_bytes(b"nothing")
+    (folder / "train" / "house_cat" / "2.png").write_bytes(b"")
+    with pytest.raises(InputError, match=r"no readable images: 2 \(.*dog/1\.png, .*house_cat/2\.png\)\. Remove or"):
+        ImageFolder(str(folder)).split("train")
+
+
+def test_a_file_cut_short_is_named_when_it_is_decoded(folder):
+    file = folder / "test" / "dog" / "1.png"
+    Image.effect_noise((64, 64), 50).save(file)
+    file.write_bytes(file.read_bytes()[:2000])
+    samples = ImageFolder(str(folder)).split("test")
+    with pytest.raises(InputError, match=r"The image .*test/dog/1\.png cannot be decoded"):
+        samples[1]
+
+
+def test_missing_folders_and_splits(folder, tmp_path):
+    with pytest.raises(InputError, match="There is no image folder at"):
+        _ = ImageFolder(str(tmp_path / "none")).classes
+    with pytest.raises(InputError, match=r"no folder 'val' for the split 'val'; it has \['test', 'train'\]"):
+        ImageFolder(str(folder)).split("val")
+    (tmp_path / "flat").mkdir()
+    with pytest.raises(InputError, match="holds no SPLIT/CLASS folders"):
+        _ = ImageFolder(str(tmp_path / "flat")).classes
+
+
+# --- data sets
+
+
+@pytest.mark.parametrize("layout", ["disk", "parquet"])
+def test_a_data_set_is_read(tmp_path, layout, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    if layout == "disk":
+        datasets.DatasetDict(train=rows(), test=rows(4)).save_to_disk(str(tmp_path / "data"))
+    else:
+        (tmp_path / "data").mkdir()
+        rows().to_parquet(str(tmp_path / "data" / "train.parquet"))
+        rows(4).to_parquet(str(tmp_path / "data" / "test.parquet"))
+    data = HFDataset(str(tmp_path / "data"))
+    assert list(data.classes) == ["red", "black"]
+    assert [data.split("train")[index]["label"] for index in range(6)] == [0, 1] * 3
+    assert data.split("test")[0]["image"].convert("RGB").getpixel((0, 0)) == (255, 0, 0)
+    assert len(data.split("test")) == 4
+    if layout == "parquet":
+        assert len(HFDataset(str(tmp_path / "data"), splits={"unlabeled": "train[:50%]"}).split("unlabeled")) == 3
+    with pytest.raises(InputError, match=r"The split 'val' of the data set .* cannot be opened"):
+        data.split("val")
+    again = pickle.loads(pickle.dumps(data))
+    assert len(again.split("test")) == 4
+
+
+def test_columns_and_classes_can_be_given(tmp_path):
+    renamed = rows().rename_columns({"image": "img", "label": "fine_label"})
+    datasets.DatasetDict(train=renamed).save_to_disk(str(tmp_path / "data"))
+    with pytest.raises(InputError, match=r"has no column image, label; it has img, fine_label\. Say in `columns`"):
+        HFDataset(str(tmp_path / "data")).split("train")
+    columns = {"image": "img", "label": "fine_label"}
+    data = HFDataset(str(tmp_path / "data"), columns=columns, classes=["a red one", "a black one"])
+    assert data.classes == ["a red one", "a black one"]
+    assert set(data.split("train")[0]) == {"image", "label"}
+    with pytest.raises(InputError, match=r"`classes` has 3 .*; the labels of .* are 2 \(red, black\)"):
+        _ = HFDataset(str(tmp_path / "data"), columns=columns, classes=["a", "b", "c"]).classes
+
+
+def test_a_data_set_that_is_not_there_says_so_without_a_network(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        InputError, match=r"The split 'train' of the data set 'nobody/nothing' cannot be opened: .*network"
+    ):
+        HFDataset("nobody/nothing").split("train")
+    (tmp_path / "split").mkdir()
+    rows().save_to_disk(str(tmp_path / "split"))
+    with pytest.raises(InputError, match="is one split of a data set; name the folder above"):
+        HFDataset(str(tmp_path / "split")).split("train")
+
+
+# --- prepared once
+
+
+class Counted(Dataset):
+    """Samples that count how often they are asked for."""
+
+    def __init__(self, number=5, size=3):
+        self.asked, self.number, self.size = 0, number, size
+
+    def __len__(self):
+        return self.number
+
+    def __getitem__(self, index):
+        self.asked += 1
+        return {"image": torch.full((self.size,), index), "label": index}
+
+
+def to_bytes(sample):
+    return {**sample, "image": sample["image"].to(torch.uint8)}
+
+
+def test_samples_are_prepared_once():
+    raw = Counted()
+    samples = Prepared(raw, to_bytes, limit=1000)
+    asked = raw.asked
+    for _ in range(3):
+        for index in range(5):
+            found = samples[index]
+            assert found["image"].dtype == torch.uint8
+            assert found["image"].tolist() == [index] * 3
+            assert found["label"] == index
+            assert type(found["label"]) is int
+    assert raw.asked == asked + 5
+    assert samples.size == 5 * (3 + 8)
+
+
+@pytest.mark.parametrize("limit", [0, 10])
+def test_what_does_not_fit_is_prepared_every_time(limit):
+    raw = Counted()
+    samples = Prepared(raw, to_bytes, limit=limit)
+    asked = raw.asked
+    for _ in range(2):
+        assert samples[3]["image"].tolist() == [3] * 3
+    assert raw.asked == asked + 2
+    assert samples.size == 0
+
+
+def test_a_sample_of_another_shape_is_not_remembered():
+    class Odd(Counted):
+        def __getitem__(self, index):
+            sample = super().__getitem__(index)
+            return sample if index != 2 else {**sample, "image": torch.zeros(7)}
+
+    raw = Odd()
+    samples = Prepared(raw, to_bytes, limit=1000)
+    assert samples[2]["image"].shape == (7,)
+    assert samples[2]["image"].shape == (7,)
+    assert samples[1]["image"].shape == (3,)
+
+
+def test_workers_share_what_is_remembered():
+    raw = Counted(number=64)
+    samples = Prepared(raw, to_bytes, limit=10_000)
+    loader = DataLoader(samples, batch_size=8, num_workers=2, multiprocessing_context="fork")
+    for _ in range(2):
+        assert torch.cat([batch["label"] for batch in loader]).tolist() == list(range(64))
+    before = raw.asked
+    assert [samples[index]["label"] for index in range(64)] == list(range(64))
+    assert raw.asked == before  # the workers had decoded all of them, into memory that this process sees
+
+
+def test_the_budget_is_one_for_all_tasks_and_only_for_repeatable_data(folder):
+    def prepare(sample):
+        return {"image": torch.zeros(100, dtype=torch.uint8), "label": sample["label"]}
+
+    tasks = {name: ImageFolder(str(folder)) for name in ("a", "b")}
+    data = UnlabeledTasks(tasks, split="train", cache_limit=1000e-9)
+    data.prepare = prepare
+    sizes = [samples.size for samples in data.datasets("train").values()]
+    assert sizes == [8 * 108, 0]  # the second would not fit beside the first
+    assert UnlabeledTasks(tasks).datasets("train")["a"][0]["label"] == 0
