@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -23,6 +22,7 @@ from adamerge.multitask import MultiTaskModel
 from adamerge.recorded import revive
 from adamerge.report import shown
 from adamerge.task_modules import TaskModule
+from adamerge.terminal import progress_console
 from adamerge.types import InputError
 
 log = logging.getLogger("adamerge")
@@ -84,7 +84,7 @@ def export(
             f"The merge's backbone, {type(backbone).__name__}, has no layout of another library to export to. Use the "
             "merge in Python: adamerge.load gives one dense network."
         )
-    with Console(stderr=True).status("Opening the merge …") as status:
+    with progress_console().status("Opening the merge …") as status:
         model = open_merge(folder, trust=trust).to(where)
         base = model.backbone.open(record["sources"]["base"]["source"])
         status.update("Writing and checking the export …")

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import yaml
-from rich.console import Console
 
 from adamerge.artifact import load, read_record
 from adamerge.config import data_of
@@ -15,6 +14,7 @@ from adamerge.data import UnlabeledTasks
 from adamerge.evaluation import Scores, evaluate
 from adamerge.exporting import device_of
 from adamerge.report import gain, score_table
+from adamerge.terminal import progress_console
 from adamerge.types import Batch, InputError, raise_all, some
 
 
@@ -58,7 +58,7 @@ def rescore(
 
 def _scored(folder: Path, data: UnlabeledTasks, device: torch.device, precision: str, trust: bool) -> Scores:
     """Accuracy per task, computed in the precision that the run scored in."""
-    with Console(stderr=True).status("Opening the merge …") as status:
+    with progress_console().status("Opening the merge …") as status:
         dtype = torch.bfloat16 if precision == "bf16-true" else None
         model = load(folder, trust=trust, dtype=dtype).to(device)
         data.prepare = model.backbone.prepare

@@ -36,6 +36,7 @@ from adamerge.progress import Progress
 from adamerge.recipe import Opened, Recipe
 from adamerge.report import gain, score_table, shown, write_plots
 from adamerge.run_folder import about, make_folder
+from adamerge.terminal import progress_console
 from adamerge.tracking import tracked
 from adamerge.types import InputError
 
@@ -167,7 +168,7 @@ def _execute(job: Job) -> Run:
 
     scores: dict[str, Scores] = {}
     if job.run.baselines and job.data.eval_split is not None and not trainer.fast_dev_run:
-        with Console(stderr=True, quiet=not trainer.is_global_zero).status("Scoring the baselines …"):
+        with progress_console(quiet=not trainer.is_global_zero).status("Scoring the baselines …"):
             for name, candidate, tasks in baselines(model, raw):
                 with opened.buffers_of(tasks[0] if name.startswith("expert ") else None):
                     scores[name] = scored(candidate, tasks)

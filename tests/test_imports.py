@@ -14,7 +14,7 @@ PACKAGE = Path(adamerge.__file__).parent
 # A file imports only from lower layers, or from its own folder.
 LAYERS = [
     {"types"},
-    {"files", "recorded", "modules", "seeding", "deltas"},
+    {"files", "recorded", "modules", "seeding", "deltas", "terminal"},
     {"demo"},
     {"checkpoints"},
     {"space"},
@@ -42,7 +42,7 @@ HOMES = {
     "open_clip": {"backbones", "demo"},
     "wandb": {"tracking"},
     "matplotlib": {"report", "demo"},
-    "rich": {"backbones", "demo", "report", "training", "progress", "exporting", "runs", "rescore"},
+    "rich": {"terminal", "backbones", "demo", "report", "training", "progress", "exporting", "runs", "rescore"},
 }
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
 

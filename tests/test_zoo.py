@@ -12,13 +12,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import adamerge
+from adamerge.artifact import open_merge
 from adamerge.checkpoints import locate
 from adamerge.demo import pictures as drawing
 from adamerge.demo import zoo
 from adamerge.demo.pictures import TASKS, pictures
 from adamerge.files import built_once
 from adamerge.types import InputError
-from tests.test_readme import ROOT
+from tests.test_command import ROOT, command, finish
 
 TINY = 0.02
 
@@ -183,3 +184,14 @@ def test_the_learned_merge_answers_for_raw_images(demo):
         right += int((logits.argmax(1) == torch.tensor([row["label"] for row in rows])).sum())
     assert right / len(samples) == pytest.approx(demo.scores["this merge"]["scans"])
     assert merge.classes("scans")[3] == "the digit three"
+
+
+def test_two_ranks_learn_what_one_learns(tmp_path):
+    options = {"trainer.max_steps": 5, "run.baselines": False, "data.eval_split": None, "run.root": str(tmp_path)}
+    one = adamerge.train(ROOT / "configs" / "demo.yaml", **options).learned.rule.raw_TG
+    ddp = ["--trainer.devices", 2, "--trainer.strategy", "ddp", "--data.batch_size", 8, "--run.dir", tmp_path / "two"]
+    shared = [part for key, value in options.items() for part in (f"--{key}", "null" if value is None else str(value))]
+    finish(command("--config", ROOT / "configs" / "demo.yaml", *shared, *ddp))
+    two = open_merge(tmp_path / "two").rule.raw_TG
+    assert (one - 0.3).abs().min() > 1e-3
+    torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5)  # sums in another order

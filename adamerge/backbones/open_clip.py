@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -19,9 +18,9 @@ from adamerge.backbones.clip_source import CONFIG, WEIGHTS, ClipSource, lasting
 from adamerge.checkpoints import State
 from adamerge.files import atomic_file, cache_dir
 from adamerge.task_modules import TaskModule, ZeroShotHead
+from adamerge.terminal import progress_console
 from adamerge.types import Batch, InputError, TaskInfo, some
 
-log = logging.getLogger("adamerge")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".npz", ".npy", ".h5", ".msgpack")
 
 
@@ -114,7 +113,7 @@ class OpenCLIP(Backbone):
         missing = [task for task in tasks if not kept[task.name].exists()]
         if missing:
             clip, tokenize = self._whole(missing[0].base), self._source.tokenizer()
-            for task in track(missing, "Zero-shot heads", transient=True, disable=not log.isEnabledFor(logging.INFO)):
+            for task in track(missing, "Zero-shot heads", console=progress_console(), transient=True):
                 self._embed(task, clip, tokenize, kept[task.name])
         return {task.name: _head(task, load_file(kept[task.name])) for task in tasks}
 

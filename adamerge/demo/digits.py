@@ -12,12 +12,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from rich.progress import Progress
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from adamerge.files import built_once, cache_dir
+from adamerge.terminal import progress_console
 from adamerge.types import InputError
 
 VERSION = "1"  # part of the cache's path: raise it when anything here changes what is built
@@ -96,7 +96,7 @@ def locate(model: str) -> Path:
 
 def build(folder: Path) -> None:
     """Train the base and the five experts into a folder; the same bits on one machine with one number of threads."""
-    with torch.random.fork_rng(devices=[]), Progress(console=Console(stderr=True), transient=True) as progress:
+    with torch.random.fork_rng(devices=[]), Progress(console=progress_console(), transient=True) as progress:
         torch.manual_seed(0)
         bar = progress.add_task("Training the digits demo, once", total=1 + len(TASKS))
         net = DigitNet()

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from rich.progress import Progress
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from adamerge.demo.pictures import SIZE, TASKS, pictures
 from adamerge.files import built_once, cache_dir
 from adamerge.seeding import seed_of
+from adamerge.terminal import progress_console
 from adamerge.types import InputError
 
 VERSION = "1"  # part of the cache's path: raise it when anything here changes what is built
@@ -65,7 +65,7 @@ def build(folder: Path, effort: float = 1.0) -> None:
     from datasets import disable_progress_bars, enable_progress_bars
 
     disable_progress_bars()
-    with torch.random.fork_rng(devices=[]), Progress(console=Console(stderr=True), transient=True) as progress:
+    with torch.random.fork_rng(devices=[]), Progress(console=progress_console(), transient=True) as progress:
         torch.manual_seed(0)
         bar = progress.add_task("Making the zoo, once: pictures", total=4 + 8 + len(TASKS))
         for task in TASKS:
