@@ -14,7 +14,7 @@ PACKAGE = Path(adamerge.__file__).parent
 # A file imports only from lower layers, or from its own folder.
 LAYERS = [
     {"types"},
-    {"files", "recorded", "modules", "seeding", "deltas", "terminal"},
+    {"files", "recorded", "modules", "seeding", "deltas", "terminal", "hub"},
     {"demo"},
     {"checkpoints"},
     {"space"},

@@ -9,13 +9,14 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import adamerge
 from adamerge.cli import fit, main
 from adamerge.config import make_parser
 from adamerge.data import HFDataset
 from tests.clips import write_clips
+from tests.tiny import Net
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -60,6 +61,10 @@ def test_every_command_parses_and_names_what_exists():
         assert (ROOT / link).exists()
 
 
+class MyNet(Net):
+    """The network of the README's example."""
+
+
 def test_the_python_runs(tmp_path, monkeypatch):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "checkpoints").mkdir()
@@ -75,13 +80,20 @@ def test_the_python_runs(tmp_path, monkeypatch):
             folder.mkdir(parents=True)
             for number in range(3):
                 Image.new("RGB", (20, 20), (40 * index, 80 * number, 0)).save(folder / f"{number}.png")
-    names = {}
+    torch.manual_seed(0)
+    for name in ("net", "one", "two"):
+        head = {"head.weight": torch.randn(2, 6), "head.bias": torch.zeros(2)} if name != "net" else {}
+        save_file({**MyNet().state_dict(), **head}, f"checkpoints/{name}.safetensors")
+    names = {"MyNet": MyNet, "inputs": torch.randn(20, 5), "runs": {}}
+    names |= {"answers": torch.randint(2, (20,)), "levels": torch.randint(2, (20,))}
     for kind, text in BLOCKS:
         if kind == "python":
             exec(text, names)
+            run = names["run"].merge
+            names["runs"][run.tasks] = run
     assert names["logits"].shape == (1, 26)
-    assert names["run"].merge.tasks == ("cats", "dogs")
-    assert names["run"].merge.classes("dogs") == ("german shepherd", "poodle")
+    assert names["runs"]["cats", "dogs"].classes("dogs") == ("german shepherd", "poodle")
+    assert ("one", "two") in names["runs"]
 
 
 def test_the_other_commands_do_what_is_said(tmp_path, monkeypatch, capsys):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from adamerge.checkpoints import Selected, State, absolute, locate, open_state
+from adamerge.hub import hub_or_cache
 from adamerge.types import InputError
 
 WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"  # of open_clip's hub layout
@@ -159,7 +160,8 @@ def _name_and_tag(model: str) -> tuple[str, str | None]:
 def explained(what: str) -> Iterator[None]:
     """open_clip and the hub raise what they like; the user gets one sentence."""
     try:
-        yield
+        with hub_or_cache():
+            yield
     except InputError:
         raise
     except Exception as error:

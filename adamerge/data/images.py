@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 
 from adamerge.checkpoints import absolute, locate
 from adamerge.data.base import TaskData
+from adamerge.hub import hub_or_cache
 from adamerge.types import InputError, some
 
 _SUFFIXES = frozenset(Image.registered_extensions())
@@ -174,7 +175,8 @@ class HFDataset(TaskData):
             if (folder / "state.json").exists():
                 raise InputError(f"{folder} is one split of a data set; name the folder above it.")
             where = str(folder) if folder.exists() else self._path
-            return datasets.load_dataset(where, self._name, revision=self._revision, split=split)
+            with hub_or_cache():
+                return datasets.load_dataset(where, self._name, revision=self._revision, split=split)
         except InputError:
             raise
         except Exception as error:  # `datasets` and the hub raise what they like

@@ -1,15 +1,14 @@
 """Can a W&B run be online? Found out without a prompt and without waiting."""
 
 import os
-import socket
-import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
-from urllib.request import getproxies, proxy_bypass
+
+from adamerge.hub import reachable
 
 _ONLINE, _OTHER = ("online", "run", "shared"), ("offline", "dryrun", "disabled")  # as wandb names its modes
 
@@ -40,7 +39,7 @@ def check_online(init: Mapping[str, Any]) -> None:
     keys = (own.get("api_key"), common.api_key, os.environ.get("WANDB_IDENTITY_TOKEN_FILE"))
     if not any(keys) and not _in_netrc(site):
         raise wandb.Error("there is no API key (see `wandb login`)")
-    if not _reachable(site):
+    if not reachable(site):
         raise wandb.Error(f"{site.hostname} does not answer")
 
 
@@ -57,21 +56,3 @@ def _in_netrc(site: SplitResult) -> bool:
         with suppress(OSError, NetrcParseError):
             return netrc(file.expanduser()).authenticators(site.netloc) is not None
     return False
-
-
-def _reachable(site: SplitResult, seconds: float = 3) -> bool:
-    """Whether a connection can be made, to the site or to the proxy on the way there; known after `seconds`."""
-    host = site.hostname or ""
-    proxy = None if proxy_bypass(host) else getproxies().get(site.scheme)
-    target = site if proxy is None else urlsplit(proxy if "//" in proxy else f"//{proxy}")
-    address = (target.hostname or host, target.port or (443 if target.scheme == "https" else 80))
-    answered = threading.Event()
-
-    def ask() -> None:
-        with suppress(OSError), socket.create_connection(address, timeout=seconds):
-            answered.set()
-
-    asking = threading.Thread(target=ask, daemon=True)  # looking up a name has no time limit of its own
-    asking.start()
-    asking.join(seconds)
-    return answered.is_set()
