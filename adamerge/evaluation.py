@@ -17,6 +17,7 @@ from adamerge.task_vectors import TaskVectors
 from adamerge.transforms import ElectSign, Trim
 from adamerge.types import Batch, InputError
 
+_UNLABELED = -100  # the label of a sample that has none; it does not count
 Scores = dict[str, float]  # task -> accuracy in [0, 1]
 
 
@@ -30,7 +31,7 @@ class Collapse(NamedTuple):
 
 def confusion(num_classes: int) -> MulticlassConfusionMatrix:
     """The metric behind every score: counts [C true, C predicted], added up over ranks; label -100 does not count."""
-    return MulticlassConfusionMatrix(num_classes=num_classes, ignore_index=-100)
+    return MulticlassConfusionMatrix(num_classes=num_classes, ignore_index=_UNLABELED)
 
 
 def score(task: str, table_CC: Tensor) -> tuple[float, Collapse | None]:
@@ -74,9 +75,14 @@ def evaluate(
 def _check_labels(task: str, batch: Batch, num_classes: int) -> None:
     if "label" not in batch:
         raise InputError(f"Task '{task}' is scored on samples without 'label'; set `data.eval_split` to null.")
-    highest = int(batch["label"].max())
-    if highest >= num_classes:
-        raise InputError(f"Task '{task}' has {num_classes} classes, but a sample is labelled {highest}.")
+    if not isinstance(batch["label"], Tensor):
+        raise InputError(f"Task '{task}' is labelled {batch['label'][0]!r}; labels are whole numbers from 0 on.")
+    highest, lowest = int(batch["label"].max()), int(batch["label"].min())
+    if highest >= num_classes or (lowest < 0 and lowest != _UNLABELED):
+        odd = highest if highest >= num_classes else lowest
+        raise InputError(f"Task '{task}' has {num_classes} classes, but a sample is labelled {odd}.")
+    if highest == _UNLABELED:
+        raise InputError(f"Task '{task}' is scored on samples without labels; set `data.eval_split` to null.")
 
 
 def baselines(model: MergedModel, raw: TaskVectors) -> Iterator[tuple[str, MergedModel, tuple[str, ...]]]:

@@ -101,7 +101,7 @@ def export(
                 "limit": LIMITS[dtype],
                 "dtype": dtype,
                 "device": where.type,
-                "run": str(folder.resolve()),
+                "run": folder.resolve().parent.name,
                 "versions": versions(),
             }
             (new / REPORT).write_text(json.dumps(told, indent=2))

@@ -22,7 +22,7 @@ log = logging.getLogger("adamerge")
 
 def cache_dir() -> Path:
     """Where built demos, hashes and memory-mapped vectors are kept: `$ADAMERGE_CACHE`, else the user's cache folder."""
-    return Path(os.environ.get("ADAMERGE_CACHE") or platformdirs.user_cache_dir("adamerge"))
+    return Path(os.environ.get("ADAMERGE_CACHE") or platformdirs.user_cache_dir("adamerge")).expanduser()
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -82,8 +82,13 @@ def built_once(target: Path, build: Callable[[Path], None]) -> Path:
     A folder from which files were lost or cut short is built again.
     """
     if not _is_whole(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"The folder {target.parent} cannot be made ({error}); set ADAMERGE_CACHE.") from error
         with FileLock(f"{target}.lock"):
+            for rest in target.parent.glob(f"{target.name}.tmp-*"):  # of builds that were killed: we hold the lock
+                shutil.rmtree(rest, ignore_errors=True)
             if not _is_whole(target):
                 if target.exists():
                     log.warning("%s is not whole and is made again.", target)

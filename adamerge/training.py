@@ -26,7 +26,7 @@ from adamerge.callbacks import GracefulStop, SaveOnException
 from adamerge.config import parse
 from adamerge.data import UnlabeledTasks
 from adamerge.evaluation import Scores, baselines, evaluate
-from adamerge.job import TRAINER_DEFAULTS, Job
+from adamerge.job import TRAINER_DEFAULTS, Job, RunOptions
 from adamerge.merged import MergedModel
 from adamerge.module import AdaMerge, adam
 from adamerge.multitask import MultiTaskModel
@@ -46,6 +46,8 @@ _EXPECTED = (  # warnings of Lightning's about what is meant here
     r"Found \d+ module\(s\) in eval mode",  # frozen parts stay in eval
     r"Experiment logs directory .* exists and is not empty",  # metrics.csv joins config.yaml in the run's own directory
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own use of torch
+    r"It is recommended to use `self.log\(.*sync_dist=True`",  # the confusion matrices were added up over ranks before
+    r"Total length of `list` across ranks is zero",  # nothing to evaluate on
     r".*does not have many workers",  # small tasks are held in memory
     r"The dirpath has changed",  # a resumed run has a directory of its own
     r"Be aware that when using `ckpt_path`",  # how often to checkpoint may change from run to run
@@ -99,6 +101,8 @@ def train(
         if set(overrides) - known:
             unknown = ", ".join(sorted(set(overrides) - known))
             raise InputError(f"With a Recipe, train() takes {', '.join(sorted(known))}; not {unknown}.")
+        if isinstance(overrides.get("run"), Mapping):
+            overrides["run"] = RunOptions(**overrides["run"])
         return execute(Job(config, data, **overrides))
     if data is not None:
         raise InputError("With a configuration, train() takes the data from it; give data with a Recipe only.")

@@ -17,6 +17,11 @@ Batch = Mapping[str, Any]  # one task's collated samples; "label" [B] only where
 class InputError(ValueError):
     """What the user gave does not fit: says what, where and how to mend it. The command prints it as one paragraph."""
 
+    def __init__(self, message: str) -> None:
+        if message.startswith("Caught "):  # by torch in a worker process, which raises it again with its traceback
+            message = message.rpartition("adamerge.types.InputError: ")[2].strip()
+        super().__init__(message)
+
 
 class NonFiniteLoss(InputError):
     """A loss or gradient became NaN or Inf; the learnables are those of the last good step."""

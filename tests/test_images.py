@@ -85,6 +85,34 @@ def test_missing_folders_and_splits(folder, tmp_path):
         _ = ImageFolder(str(tmp_path / "flat")).classes
 
 
+def test_unlabeled_images_stand_right_in_the_split(folder):
+    (folder / "unlabeled").mkdir()
+    picture(3).save(folder / "unlabeled" / "0.png")
+    data = ImageFolder(str(folder))
+    assert data.classes == ["dog", "house cat"]
+    assert [data.split("unlabeled")[0]["label"]] == [-100]
+
+
+def test_images_are_turned_as_the_camera_says(folder):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    picture(3).save(folder / "test" / "dog" / "turned.jpg", exif=exif)
+    samples = ImageFolder(str(folder)).split("test")
+    assert {samples[index]["image"].size for index in range(3)} == {(6, 5), (5, 6)}
+
+
+def test_a_file_cut_short_is_one_sentence_from_a_worker_too(folder):
+    file = folder / "test" / "dog" / "1.png"
+    Image.effect_noise((64, 64), 50).save(file)
+    file.write_bytes(file.read_bytes()[:2000])
+    data = UnlabeledTasks({"pets": ImageFolder(str(folder))}, num_workers=1, cache_limit=0)
+    data.prepare = lambda sample: {"image": torch.zeros(1), "label": sample["label"]}
+    with pytest.raises(InputError) as caught:
+        list(data.eval_loaders()["pets"])
+    assert str(caught.value).startswith("The image ")
+    assert "Traceback" not in str(caught.value)
+
+
 # --- data sets
 
 
@@ -113,7 +141,7 @@ def test_a_data_set_is_read(tmp_path, layout, monkeypatch):
 def test_columns_and_classes_can_be_given(tmp_path):
     renamed = rows().rename_columns({"image": "img", "label": "fine_label"})
     datasets.DatasetDict(train=renamed).save_to_disk(str(tmp_path / "data"))
-    with pytest.raises(InputError, match=r"has no column image, label; it has img, fine_label\. Say in `columns`"):
+    with pytest.raises(InputError, match=r"has no column image; it has img, fine_label\. Say in `columns`"):
         HFDataset(str(tmp_path / "data")).split("train")
     columns = {"image": "img", "label": "fine_label"}
     data = HFDataset(str(tmp_path / "data"), columns=columns, classes=["a red one", "a black one"])
@@ -121,6 +149,32 @@ def test_columns_and_classes_can_be_given(tmp_path):
     assert set(data.split("train")[0]) == {"image", "label"}
     with pytest.raises(InputError, match=r"`classes` has 3 .*; the labels of .* are 2 \(red, black\)"):
         _ = HFDataset(str(tmp_path / "data"), columns=columns, classes=["a", "b", "c"]).classes
+
+
+def test_an_unlabeled_split_needs_no_labels(tmp_path):
+    splits = datasets.DatasetDict(test=rows(4), unlabeled=rows().remove_columns("label"))
+    splits.save_to_disk(str(tmp_path / "data"))
+    data = HFDataset(str(tmp_path / "data"), splits={"unlabeled": "unlabeled[50%:]"})
+    assert list(HFDataset(str(tmp_path / "data")).classes) == ["red", "black"]
+    assert len(data.split("unlabeled")) == 3
+    assert data.split("unlabeled")[0]["label"] == -100
+
+
+def test_labels_mean_the_same_in_every_split(tmp_path):
+    other = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["black", "red"])})
+    test = datasets.Dataset.from_dict({"image": [picture(0)], "label": [0]}, features=other)
+    datasets.DatasetDict(train=rows(), test=test).save_to_disk(str(tmp_path / "data"))
+    with pytest.raises(InputError, match=r"numbers its classes otherwise than the first one: 2 \(black, red\), not 2"):
+        HFDataset(str(tmp_path / "data")).split("test")
+
+
+def test_labels_in_words_are_refused(tmp_path):
+    datasets.DatasetDict(train=rows().cast_column("label", datasets.Value("string"))).save_to_disk(
+        str(tmp_path / "data")
+    )
+    data = HFDataset(str(tmp_path / "data"), classes=["red", "black"])
+    with pytest.raises(InputError, match=r"is labelled '0'; labels are whole numbers"):
+        data.split("train")[0]
 
 
 def test_a_data_set_that_is_not_there_says_so_without_a_network(monkeypatch, tmp_path):

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import shutil
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -144,11 +146,16 @@ def test_a_finetune_of_another_architecture_or_resolution_is_one_clear_error(cli
         backbone = OpenCLIP(str(clips["base"]))
         return Recipe(str(clips["base"]), {"a": str(tmp_path / name)}, backbone).open({"a": CLASSES["a"]})
 
-    start = r"Expert 'a' .* does not match the network: "
-    with pytest.raises(InputError, match=start + "other shapes: .*positional_emb"):
+    other = (
+        r"larger is of another architecture or resolution than `backbone.model` .*: image_size is 32, the model's 16"
+    )
+    with pytest.raises(InputError, match=other):
         opened("larger", image_size=32)
-    with pytest.raises(InputError, match=start + r"tensors the network does not have: .*resblocks\.2"):
-        opened("deeper", layers=3)
+    (tmp_path / "larger" / "open_clip_config.json").unlink()  # as a bare checkpoint, its tensors say it
+    backbone, start = OpenCLIP(str(clips["base"])), r"Expert 'a' .* does not match the network: "
+    recipe = Recipe(str(clips["base"]), {"a": str(tmp_path / "larger")}, backbone)
+    with pytest.raises(InputError, match=start + "other shapes: .*positional_emb"):
+        recipe.open({"a": CLASSES["a"]})
     save_file({"fc.weight": torch.zeros(2, 2)}, tmp_path / "other.safetensors")
     with pytest.raises(InputError, match=r"is no checkpoint of the whole CLIP"):
         OpenCLIP(str(clips["base"])).open(str(tmp_path / "other.safetensors"))
@@ -183,6 +190,51 @@ def test_templates_of_each_task(clips):
         recipe.open(CLASSES)
 
 
+@pytest.mark.parametrize("change", [{"image_size": 32}, {"head_width": 4}])
+def test_a_configuration_that_changes_no_shape_is_compared(clips, tmp_path, change):
+    """Another resolution of a tower without position embeddings, or another number of heads, has the same tensors."""
+    shutil.copytree(clips["a"], tmp_path / "a")
+    settings = json.loads((tmp_path / "a" / "open_clip_config.json").read_text())
+    settings["model_cfg"]["vision_cfg"] |= change
+    (tmp_path / "a" / "open_clip_config.json").write_text(json.dumps(settings))
+    with pytest.raises(
+        InputError, match=r"is of another architecture or resolution than .*: (image_size|head_width) is"
+    ):
+        OpenCLIP(str(clips["base"])).open(str(tmp_path / "a"))
+
+
+def test_a_sharded_base_is_read(clips, tmp_path):
+    state = load_file(clips["base"] / "open_clip_model.safetensors")
+    shutil.copytree(clips["base"], tmp_path / "base")
+    (tmp_path / "base" / "open_clip_model.safetensors").unlink()
+    files = {name: f"model-{index % 2}.safetensors" for index, name in enumerate(state)}
+    for file in set(files.values()):
+        save_file({name: state[name] for name in state if files[name] == file}, tmp_path / "base" / file)
+    (tmp_path / "base" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    sharded = Recipe(
+        str(tmp_path / "base"), {"a": str(clips["a"])}, OpenCLIP(str(tmp_path / "base"), templates=["a {}."])
+    )
+    whole = recipe_of(clips).open(CLASSES).chains["a"][-1]
+    torch.testing.assert_close(sharded.open({"a": CLASSES["a"]}).chains["a"][-1].weight, whole.weight)
+
+
+def test_a_kept_head_that_is_cut_short_is_made_again(clips, tmp_path):
+    expected = recipe_of(clips).open(CLASSES).chains["a"][-1].weight
+    for file in (tmp_path / "cache" / "heads").iterdir():
+        file.write_bytes(file.read_bytes()[:20])
+    assert torch.equal(recipe_of(clips).open(CLASSES).chains["a"][-1].weight, expected)
+
+
+def test_images_of_16_bits_keep_their_range(clips):
+    backbone = recipe_of(clips).backbone
+    deep = Image.fromarray(np.full((20, 20), 128 * 256, dtype=np.uint16))
+    assert deep.mode.startswith("I;16")
+    assert backbone.prepare({"image": deep})["image"].unique().tolist() == [128]
+    for mode in ("I", "F"):
+        with pytest.raises(InputError, match=f"of mode {mode}, 32-bit numbers"):
+            backbone.prepare({"image": Image.new(mode, (20, 20))})
+
+
 def test_no_network_with_a_hub_id_is_one_clear_error(monkeypatch):
     """Connections are refused at once, as without a network; nothing waits and nothing is retried for long."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -191,7 +243,7 @@ def test_no_network_with_a_hub_id_is_one_clear_error(monkeypatch):
         InputError, match=r"The configuration of 'hf-hub:nobody/nothing' cannot be had: .*Check the name"
     ):
         OpenCLIP("hf-hub:nobody/nothing").build()
-    with pytest.raises(InputError, match=r"The weights of 'hf-hub:nobody/nothing' cannot be had"):
+    with pytest.raises(InputError, match=r"The configuration of 'hf-hub:nobody/nothing' cannot be had"):
         OpenCLIP("ViT-B-32").open("hf-hub:nobody/nothing")
 
 

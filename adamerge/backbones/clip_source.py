@@ -1,7 +1,7 @@
 """Where an open_clip model comes from: its configuration, its tokenizer, its checkpoints."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from adamerge.hub import hub_or_cache
 from adamerge.types import InputError
 
 WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"  # of open_clip's hub layout
+_TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")
 
 
 def lasting(model: str) -> str:
@@ -80,14 +81,24 @@ class ClipSource:
         clip.visual.preprocess_cfg = merge_preprocess_dict(clip.visual.preprocess_cfg, settings)
         return clip
 
-    def loaded(self, weights: Path) -> Any:
-        """The whole CLIP with a checkpoint's weights, converted by open_clip where it knows how."""
+    def loaded(self, weights: Sequence[Path]) -> Any:
+        """The whole CLIP with a checkpoint's weights, one file or shards; one is converted if open_clip knows how."""
         from open_clip import load_checkpoint
 
         clip = self.create()
-        with explained(f"{weights} is no checkpoint of the whole CLIP '{self.model}'"):
-            load_checkpoint(clip, str(weights))
+        with explained(f"{weights[0]} is no checkpoint of the whole CLIP '{self.model}'"):
+            if len(weights) > 1:
+                clip.load_state_dict({name: tensor for file in weights for name, tensor in open_state(file).items()})
+            else:
+                load_checkpoint(clip, str(weights[0]))
         return clip.eval()
+
+    def tokenizer_files(self) -> list[Path]:
+        """The files beside a model in a folder that its tokenizer is read from; open_clip's own has none."""
+        home = self.folder
+        if home is None:
+            return []
+        return sorted(file for pattern in _TOKENIZER for file in home.glob(pattern) if file.is_file())
 
     def tokenizer(self) -> Any:
         """From texts to tokens [N, L]."""
@@ -95,6 +106,23 @@ class ClipSource:
 
         with explained(f"The tokenizer of '{self.model}' cannot be had"):
             return open_clip.get_tokenizer(self._name)
+
+    def _compare(self, source: str) -> None:
+        """Refuse a source whose own configuration is of another image tower than the model's."""
+        if source == self.model or not _has_config(source):
+            return
+        other = ClipSource(lasting(source))
+        ours, theirs = (_image_config(each.config()) for each in (self, other))
+        wrong = [
+            f"{key} is {theirs.get(key)}, the model's {ours.get(key)}"
+            for key in {**ours, **theirs}
+            if ours.get(key) != theirs.get(key)
+        ]
+        if wrong:
+            raise InputError(
+                f"{source} is of another architecture or resolution than `backbone.model` '{self.model}': "
+                f"{'; '.join(wrong)}. Merge fine-tunes of one model, and name it in `backbone.model`."
+            )
 
     def image_state(self, source: str) -> State:
         """The image tower in a checkpoint, as `visual.*`; `files` are the checkpoint's.
@@ -105,13 +133,27 @@ class ClipSource:
         Raises:
             InputError: Nothing there, no network, or no image tower in it.
         """
+        self._compare(source)
         path = weights_of(source)
         state = open_state(path) if path.suffix != ".npz" else open_state({})
         state = Selected(state, _image_names(state), source, files=state.files)
         if state:
             return state
-        state = open_state(self.loaded(path).state_dict())  # another library's layout
+        state = open_state(self.loaded([path]).state_dict())  # another library's layout
         return Selected(state, _image_names(state), source, files=(path,))
+
+
+def _image_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a configuration says of the image tower itself."""
+    vision = {key: value for key, value in config["vision_cfg"].items() if key != "timm_model_pretrained"}
+    return {**vision, "quick_gelu": bool(config.get("quick_gelu")), "embed_dim": config["embed_dim"]}
+
+
+def _has_config(source: str) -> bool:
+    if source.startswith(("hf-hub:", "open_clip:")):
+        return True
+    path = locate(source)
+    return path.is_dir() and (path / CONFIG).exists()
 
 
 def weights_of(source: str) -> Path:

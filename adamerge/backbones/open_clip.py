@@ -8,20 +8,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.progress import track
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from adamerge.backbones.base import Backbone
 from adamerge.backbones.clip_source import CONFIG, WEIGHTS, ClipSource, lasting
 from adamerge.checkpoints import State
-from adamerge.files import atomic_file, cache_dir
+from adamerge.files import atomic_file, cache_dir, sha256
 from adamerge.task_modules import TaskModule, ZeroShotHead
 from adamerge.terminal import progress_console
 from adamerge.types import Batch, InputError, TaskInfo, some
-
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".npz", ".npy", ".h5", ".msgpack")
 
 
 class OpenCLIP(Backbone):
@@ -76,7 +76,9 @@ class OpenCLIP(Backbone):
 
     def prepare(self, sample: Mapping[str, Any]) -> Mapping[str, Any]:
         image = sample.get(self._input)
-        return sample if image is None or isinstance(image, Tensor) else {**sample, self._input: self._resize(image)}
+        if image is None or isinstance(image, Tensor):
+            return sample
+        return {**sample, self._input: self._resize(_eight_bits(image))}
 
     @cached_property
     def _resize(self) -> Callable[[Any], Tensor]:
@@ -110,7 +112,7 @@ class OpenCLIP(Backbone):
 
     def heads(self, tasks: Sequence[TaskInfo]) -> dict[str, TaskModule]:
         kept = {task.name: self._kept(task) for task in tasks}
-        missing = [task for task in tasks if not kept[task.name].exists()]
+        missing = [task for task in tasks if not _is_whole(kept[task.name])]
         if missing:
             clip, tokenize = self._whole(missing[0].base), self._source.tokenizer()
             for task in track(missing, "Zero-shot heads", console=progress_console(), transient=True):
@@ -126,6 +128,7 @@ class OpenCLIP(Backbone):
             raise InputError(f"Task '{task.name}' {fault}; its zero-shot head is made from one name for each class.")
         assert isinstance(task.base, State)
         made_of = [task.base.sha256(), self._source.config(), classes, list(self.templates(task.name))]
+        made_of += [[file.name, sha256(file)] for file in self._source.tokenizer_files()]
         return cache_dir() / "heads" / (hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:32] + ".safetensors")
 
     def _embed(self, task: TaskInfo, clip: Any, tokenize: Any, where: Path) -> None:
@@ -135,7 +138,7 @@ class OpenCLIP(Backbone):
 
     def _whole(self, base: Mapping[str, Tensor] | None) -> Any:
         assert isinstance(base, State)
-        return self._source.loaded(base.files[0])
+        return self._source.loaded(base.files)
 
     # --- export
 
@@ -152,10 +155,8 @@ class OpenCLIP(Backbone):
         settings = {key: value for key, value in net.settings.items() if key != "size"}
         text = json.dumps({"model_cfg": self._source.config(), "preprocess_cfg": settings}, indent=2)
         (folder / CONFIG).write_text(text)
-        home = self._source.folder
-        for file in home.iterdir() if home is not None else ():  # a tokenizer's; open_clip's own has no files
-            if file.is_file() and file.name != CONFIG and file.suffix not in _WEIGHTS:
-                shutil.copyfile(file, folder / file.name)
+        for file in self._source.tokenizer_files():
+            shutil.copyfile(file, folder / file.name)
 
     def exported(self, folder: Path) -> nn.Module:
         import open_clip
@@ -218,3 +219,21 @@ def _embedded(clip: Any, tokenize: Any, classes: Sequence[str], templates: Seque
 
 def _head(task: TaskInfo, made: Mapping[str, Tensor]) -> ZeroShotHead:
     return ZeroShotHead(task, made["weight"], float(made["scale"]), float(made["bias"]))
+
+
+def _eight_bits(image: Any) -> Any:
+    """A PIL image with 16 bits a channel as one with 8; PIL itself would cut all values at 255."""
+    if image.mode.startswith("I;16"):
+        from PIL import Image
+
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise InputError(f"An image is of mode {image.mode}, 32-bit numbers of no fixed range; save it with 8 bits.")
+    return image
+
+
+def _is_whole(head: Path) -> bool:
+    try:
+        return set(load_file(head)) == {"weight", "scale", "bias"}
+    except (OSError, SafetensorError):
+        return False

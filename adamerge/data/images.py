@@ -1,10 +1,11 @@
 """Images from folders and from Hugging Face `datasets`, decoded when asked for."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from adamerge.checkpoints import absolute, locate
@@ -12,11 +13,14 @@ from adamerge.data.base import TaskData
 from adamerge.hub import hub_or_cache
 from adamerge.types import InputError, some
 
+UNLABELED = -100  # the label of a sample without one; it is never scored
 _SUFFIXES = frozenset(Image.registered_extensions())
 
 
 class ImageFolder(TaskData):
-    """Images in folders: ROOT/SPLIT/CLASS/NAME.png; files that are not named as images do not count.
+    """Images in folders: ROOT/SPLIT/CLASS/NAME.png, or unlabeled ones right in ROOT/SPLIT.
+
+    Hidden files and files that are not named as images do not count. The classes are those of all splits together.
 
     Args:
         root: The folder.
@@ -37,7 +41,8 @@ class ImageFolder(TaskData):
         classes: Sequence[str] | Mapping[str, str] | None = None,
         splits: Mapping[str, str] | None = None,
     ) -> None:
-        self._root = Path(self._arguments.setdefault("root", absolute(root)))
+        self._arguments["root"] = absolute(root)  # found again from any working directory
+        self._root = Path(absolute(root))
         self._given, self._splits = classes, dict(splits or {})
 
     @property
@@ -68,13 +73,17 @@ class ImageFolder(TaskData):
         samples = [
             (file, label)
             for label, kind in enumerate(self._folders())
-            for file in sorted((folder / kind).rglob("*"))
-            if file.suffix.lower() in _SUFFIXES and not file.name.startswith(".")
+            for file in _images(sorted((folder / kind).rglob("*")))
         ]
+        samples += [(file, UNLABELED) for file in _images(sorted(folder.glob("*")))]
         unreadable = [str(file) for file, _ in samples if not _has_header(file)]
         if unreadable:
             raise InputError(f"Files that are no readable images: {some(unreadable)}. Remove or replace them.")
         return _Files(samples)
+
+
+def _images(files: Sequence[Path]) -> list[Path]:
+    return [file for file in files if file.suffix.lower() in _SUFFIXES and not file.name.startswith(".")]
 
 
 class _Files(Dataset[Mapping[str, Any]]):
@@ -89,8 +98,8 @@ class _Files(Dataset[Mapping[str, Any]]):
         try:
             with Image.open(file) as image:
                 image.load()
-                return {"image": image, "label": label}
-        except OSError as error:
+                return {"image": ImageOps.exif_transpose(image), "label": label}
+        except (OSError, Image.DecompressionBombError) as error:
             raise InputError(f"The image {file} cannot be decoded ({error}); remove or replace it.") from error
 
 
@@ -98,6 +107,8 @@ def _has_header(file: Path) -> bool:
     try:
         with Image.open(file):
             return True
+    except Image.DecompressionBombError:
+        return True  # said when it is decoded
     except (UnidentifiedImageError, OSError):
         return False
 
@@ -150,15 +161,34 @@ class HFDataset(TaskData):
 
     def split(self, name: str) -> Dataset[Mapping[str, Any]]:
         opened = self._open(self._splits.get(name, name))
-        missing = [column for column in self._columns.values() if column not in opened.column_names]
+        columns = {entry: column for entry, column in self._columns.items() if column in opened.column_names}
+        missing = [column for entry, column in self._columns.items() if entry not in columns and entry != "label"]
         if missing:
             there = ", ".join(opened.column_names)
             raise InputError(f"{self._path} has no column {', '.join(missing)}; it has {there}. "
                              "Say in `columns` what an entry is called there.")  # fmt: skip
-        return _Rows(opened.select_columns(list(self._columns.values())), self._columns, self._path)
+        self._check_order(name, opened)
+        return _Rows(opened.select_columns(list(columns.values())), columns, self._path)
+
+    def _check_order(self, split: str, opened: Any) -> None:
+        """Labels mean the same in every split."""
+        feature = opened.features.get(self._columns["label"])
+        names, first = getattr(feature, "names", None), self._open(self._first_split()).features
+        expected = getattr(first.get(self._columns["label"]), "names", None)
+        if names is not None and expected is not None and names != expected:
+            raise InputError(
+                f"The split '{split}' of {self._path} numbers its classes otherwise than the first one: {some(names)}, "
+                f"not {some(expected)}."
+            )
 
     def _first_split(self) -> str:
-        return next(iter(self._splits.values()), "train")
+        """Where the class names are read: the first split there is."""
+        index = self._folder() / "dataset_dict.json"
+        there = json.loads(index.read_text())["splits"] if index.exists() else ["train"]
+        return next(iter(self._splits.values()), "train" if "train" in there else there[0])
+
+    def _folder(self) -> Path:
+        return locate(self._path) if self._path.startswith("demo:") else Path(self._path).expanduser()
 
     def _open(self, split: str) -> Any:
         if split not in self._opened:
@@ -168,10 +198,15 @@ class HFDataset(TaskData):
     def _load(self, split: str) -> Any:
         import datasets
 
-        folder = locate(self._path) if self._path.startswith("demo:") else Path(self._path).expanduser()
+        folder = self._folder()
         try:
             if (folder / "dataset_dict.json").exists():
-                return datasets.load_from_disk(str(folder / split))
+                name, _, part = split.partition("[")
+                whole = datasets.load_from_disk(str(folder / name))
+                if not part:
+                    return whole
+                (piece,) = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(whole)})
+                return whole.select(range(piece.from_ or 0, len(whole) if piece.to is None else piece.to))
             if (folder / "state.json").exists():
                 raise InputError(f"{folder} is one split of a data set; name the folder above it.")
             where = str(folder) if folder.exists() else self._path
@@ -198,6 +233,13 @@ class _Rows(Dataset[Mapping[str, Any]]):
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         try:
             row = self._rows[index]
-        except OSError as error:
+        except (OSError, Image.DecompressionBombError) as error:
             raise InputError(f"Sample {index} of {self._path} cannot be decoded ({error}); leave it out.") from error
-        return {entry: row[column] for entry, column in self._columns.items()}
+        label = row.get(self._columns.get("label"))
+        if label is not None and not isinstance(label, int):
+            raise InputError(
+                f"Sample {index} of {self._path} is labelled {label!r}; labels are whole numbers: cast the column to "
+                "ClassLabel."
+            )
+        kept = {entry: row[column] for entry, column in self._columns.items()}
+        return {**kept, "label": UNLABELED if label is None or label < 0 else label}
