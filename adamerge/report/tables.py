@@ -66,7 +66,8 @@ def rendered(table: Table, *, width: int | None = None) -> str:
         file=StringIO(), force_jupyter=False, width=width or max(80, 14 * (len(table.columns) + 1)), color_system=None
     )
     console.print(table)
-    return str(console.file.getvalue()).rstrip()  # type: ignore[attr-defined]
+    text = str(console.file.getvalue())  # type: ignore[attr-defined]
+    return "\n".join(line.rstrip() for line in text.splitlines()).rstrip()
 
 
 def shown(path: Path) -> str:
