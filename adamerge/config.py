@@ -153,13 +153,12 @@ def job_from_arguments(argv: Sequence[str] | None = None) -> Job:
         raise InputError(_short(error)) from error
 
 
-def data_of(config: Path, *, trust: bool = False, recorded: Mapping[str, Any] | None = None) -> UnlabeledTasks:
+def data_of(config: Path, *, trust: bool = False) -> UnlabeledTasks:
     """The data that a run's configuration names; opens none of it.
 
     Args:
         config: RUN/config.yaml.
         trust: Also build classes from outside adamerge.
-        recorded: The data as the merge's record has them, with absolute paths; preferred.
 
     Raises:
         InputError: No such file, no data in it, data that was made from Python objects, untrusted code, or what the
@@ -169,7 +168,7 @@ def data_of(config: Path, *, trust: bool = False, recorded: Mapping[str, Any] | 
         read = yaml.safe_load(config.read_text())
     except (OSError, yaml.YAMLError) as error:
         raise InputError(f"The run's configuration, which says what its data are, cannot be read: {error}.") from error
-    section = (recorded or {}).get("init_args") or (read.get("data") if isinstance(read, dict) else None)
+    section = read.get("data") if isinstance(read, dict) else None
     if not isinstance(section, dict):
         raise InputError(
             f"The configuration {config} has no section `data`; it is not the one of a run, or was cut short."

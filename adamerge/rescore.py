@@ -40,7 +40,7 @@ def rescore(
     """
     folder, record = read_record(run)
     where, config = device_of(device), folder.parent / "config.yaml"
-    data = data_of(config, trust=trust, recorded=record.get("data"))
+    data = data_of(config, trust=trust)
     raise_all(_other_classes(data, record["classes"]), "the data")
     recorded, data.eval_split = data.eval_split, split or data.eval_split
     if data.eval_split is None:

@@ -55,8 +55,14 @@ def _made(job: Job, need: int) -> Path:
             f"{gigabytes(need + 10_000_000)}. Free some, or choose another `run.root`."
         )
     with atomic_file(folder / "config.yaml") as new:
-        new.write_text(job.config or _described(job))
+        new.write_text(_with_lasting_paths(job.config, job) if job.config else _described(job))
     return folder.resolve()
+
+
+def _with_lasting_paths(config: str, job: Job) -> str:
+    """The resolved configuration, whose data are found again from any working directory."""
+    read, data = yaml.safe_load(config), spec(job.data, strict=False)["init_args"]
+    return config if "<" in yaml.safe_dump(data) else yaml.safe_dump({**read, "data": data}, sort_keys=False)
 
 
 def _described(job: Job) -> str:

@@ -29,8 +29,8 @@ Accuracy in % on the test pictures of the embedded zoo: eight experts fine-tuned
 recipes `configs/recipes/zoo_*.yaml` adapt on unlabeled pictures that are neither trained nor tested on, the last row on
 the same pictures with their labels (`configs/demo_supervised.yaml`); means over the seeds {seeds}, ± their standard
 deviation. The zoo is made once on each machine, so that figures move a little from one
-to the next. The image tower has 0.12 million parameters; the 500 test pictures of `scans` are drawn with repetition from
-500 scans that no other split holds.
+to the next. The image tower has 0.12 million parameters; the 500 test pictures of `scans` are drawn with repetition
+from 500 scans that no other split holds.
 
 ```sh
 python benchmarks/zoo.py --write docs/results.md

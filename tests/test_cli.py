@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 import adamerge
 from adamerge import artifact, runs
 from adamerge.cli import main
 from adamerge.types import InputError
+from tests.clips import write_clips
 from tests.tiny import CLASSES, TASKS, data_of
 from tests.tiny import Tiny as TinyTask
 
@@ -178,6 +180,29 @@ def test_the_runs_precision_is_kept(adamerge_command, config, precision):
     run = adamerge.train(config(trainer={"precision": precision}))
     _, out, _ = adamerge_command("evaluate", run.dir, "--trust")
     assert rows(out) == rows(str(run))
+
+
+def test_evaluate_finds_data_with_relative_paths_from_anywhere(tmp_path, monkeypatch, adamerge_command):
+    monkeypatch.chdir(tmp_path)
+    write_clips(tmp_path / "clips")
+    for kind in ("cat", "dog"):
+        folder = tmp_path / "images" / "test" / kind
+        folder.mkdir(parents=True)
+        for number in range(3):
+            Image.new("RGB", (20, 20), (60 * number, 0, 90 * (kind == "dog"))).save(folder / f"{number}.png")
+    config = {
+        "model": {"base": "clips/base", "experts": {"a": "clips/a"},
+                  "backbone": {"class_path": "adamerge.backbones.OpenCLIP", "init_args": {"model": "clips/base"}}},
+        "data": {"tasks": {"a": {"class_path": "adamerge.data.ImageFolder", "init_args": {"root": "images"}}},
+                 "split": "test", "batch_size": 2},
+        "trainer": {"max_steps": 2},
+    }  # fmt: skip
+    run = adamerge.train(config, **{"run.root": str(tmp_path / "runs"), "run.baselines": False})
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    status, out, err = adamerge_command("evaluate", run.dir)
+    assert status == 0, err
+    assert f"{100 * run.scores['this merge']['a']:.1f}" in out
 
 
 @pytest.mark.parametrize("fewer", [False, True])
