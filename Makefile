@@ -14,7 +14,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m adamerge.fit --config configs/demo.yaml
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest --cov=adamerge --cov-report=term $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --cov=adamerge --cov-report=term $(ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
