@@ -15,9 +15,8 @@ from adamerge.multitask import MultiTaskModel
 from adamerge.rules import TaskWise
 from adamerge.task_vectors import TaskVectors
 from adamerge.transforms import ElectSign, Trim
-from adamerge.types import Batch, InputError
+from adamerge.types import UNLABELED, Batch, InputError
 
-_UNLABELED = -100  # the label of a sample that has none; it does not count
 Scores = dict[str, float]  # task -> accuracy in [0, 1]
 
 
@@ -31,7 +30,7 @@ class Collapse(NamedTuple):
 
 def confusion(num_classes: int) -> MulticlassConfusionMatrix:
     """The metric behind every score: counts [C true, C predicted], added up over ranks; label -100 does not count."""
-    return MulticlassConfusionMatrix(num_classes=num_classes, ignore_index=_UNLABELED)
+    return MulticlassConfusionMatrix(num_classes=num_classes, ignore_index=UNLABELED)
 
 
 def score(task: str, table_CC: Tensor) -> tuple[float, Collapse | None]:
@@ -78,10 +77,10 @@ def _check_labels(task: str, batch: Batch, num_classes: int) -> None:
     if not isinstance(batch["label"], Tensor):
         raise InputError(f"Task '{task}' is labelled {batch['label'][0]!r}; labels are whole numbers from 0 on.")
     highest, lowest = int(batch["label"].max()), int(batch["label"].min())
-    if highest >= num_classes or (lowest < 0 and lowest != _UNLABELED):
+    if highest >= num_classes or (lowest < 0 and lowest != UNLABELED):
         odd = highest if highest >= num_classes else lowest
         raise InputError(f"Task '{task}' has {num_classes} classes, but a sample is labelled {odd}.")
-    if highest == _UNLABELED:
+    if highest == UNLABELED:
         raise InputError(f"Task '{task}' is scored on samples without labels; set `data.eval_split` to null.")
 
 

@@ -153,6 +153,8 @@ def _execute(job: Job) -> Run:
         seed=job.seed_everything,
     )
     job.data.labels = "labels" in module.needs
+    if job.data.labels:
+        job.data.check_labels()
     record = {**once(trainer, lambda: opened.record(model)), **about(job)}
     folder = once(trainer, lambda: make_folder(job, 10 * sum(p.numel() * 4 for p in model.learnables().values())))
     if job.data.split == job.data.eval_split:
@@ -199,10 +201,9 @@ def _plot(folder: Path, model: MergedModel, scores: Mapping[str, Scores]) -> Non
 
 def _own(job: Job) -> Job:
     """The job with a recipe and data of its own, whose seeds are the run's where none are given."""
-    job = replace(job, recipe=copy(job.recipe), data=copy(job.data))
+    job = replace(job, recipe=copy(job.recipe), data=job.data.prepared_by(job.recipe.backbone.prepare))
     if job.data.seed is None:
         job.data.seed = job.seed_everything
-    job.data.prepare = job.recipe.backbone.prepare
     if job.recipe.vectors.seed is None:
         job.recipe.vectors = replace(job.recipe.vectors, seed=job.seed_everything)
     return job

@@ -13,6 +13,8 @@ from torch import Tensor
 
 Batch = Mapping[str, Any]  # one task's collated samples; "label" [B] only where labels are asked for
 
+UNLABELED = -100  # the label of a sample that has none: it is neither learned from nor scored
+
 
 class InputError(ValueError):
     """What the user gave does not fit: says what, where and how to mend it. The command prints it as one paragraph."""

@@ -271,3 +271,20 @@ def test_the_budget_is_one_for_all_tasks_and_only_for_repeatable_data(folder):
     sizes = [samples.size for samples in data.datasets("train").values()]
     assert sizes == [8 * 108, 0]  # the second would not fit beside the first
     assert UnlabeledTasks(tasks).datasets("train")["a"][0]["label"] == 0
+
+
+def test_data_used_twice_are_prepared_for_each_run(folder):
+    data = UnlabeledTasks({"pets": ImageFolder(str(folder))}, split="train")
+    for value in (1, 2):
+        own = data.prepared_by(lambda sample, value=value: {"image": torch.tensor([value]), "label": sample["label"]})
+        assert own.datasets("train")["pets"][0]["image"].tolist() == [value]
+
+
+def test_an_objective_with_labels_refuses_a_split_without(folder):
+    (folder / "unlabeled").mkdir()
+    picture(3).save(folder / "unlabeled" / "0.png")
+    data = UnlabeledTasks({"pets": ImageFolder(str(folder))}, split="unlabeled", batch_size=1)
+    data = data.prepared_by(lambda sample: {"image": torch.zeros(1), "label": sample["label"]})
+    data.labels = True
+    with pytest.raises(InputError, match=r"An objective needs labels, but the split 'unlabeled' of pets has none"):
+        data.check_labels()

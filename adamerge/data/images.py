@@ -11,9 +11,8 @@ from torch.utils.data import Dataset
 from adamerge.checkpoints import absolute, locate
 from adamerge.data.base import TaskData
 from adamerge.hub import hub_or_cache
-from adamerge.types import InputError, some
+from adamerge.types import UNLABELED, InputError, some
 
-UNLABELED = -100  # the label of a sample without one; it is never scored
 _SUFFIXES = frozenset(Image.registered_extensions())
 
 

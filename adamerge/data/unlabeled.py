@@ -1,4 +1,5 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import lightning.pytorch as pl
@@ -55,6 +56,25 @@ class UnlabeledTasks(Recorded, pl.LightningDataModule):
         self.prepare: Prepare | None = None  # set by the run: how the backbone takes a raw sample
         self._splits: dict[str, dict[str, Dataset[Any]]] = {}
         self._cached = 0  # bytes
+
+    def prepared_by(self, prepare: Prepare) -> "UnlabeledTasks":
+        """The same data for one run, whose samples go through `prepare`; nothing prepared for another run is shared."""
+        own = copy(self)
+        own.prepare, own._splits, own._cached = prepare, {}, 0
+        return own
+
+    def check_labels(self) -> None:
+        """Look at the first batch of every task, for objectives that need labels.
+
+        Raises:
+            InputError: Samples to adapt on have no labels.
+        """
+        bare = [task for task, batch in self.stream()[0].items() if int(batch["label"].max()) < 0]
+        if bare:
+            raise InputError(
+                f"An objective needs labels, but the split '{self.split}' of {', '.join(bare)} has none; adapt on "
+                "another `data.split`, or minimise the entropy."
+            )
 
     @property
     def classes(self) -> dict[str, Sequence[str]]:

@@ -4,9 +4,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 
 from adamerge.objectives.base import Objective
-from adamerge.types import Batch, TaskOutput, Term
-
-IGNORED = -100  # torch's own mark of a sample without a label
+from adamerge.types import UNLABELED, Batch, TaskOutput, Term
 
 
 class Supervised(Objective):
@@ -24,5 +22,5 @@ class Supervised(Objective):
 
     def forward(self, out: TaskOutput, batch: Batch) -> Mapping[str, Term]:
         label_B = batch["label"]
-        total = F.cross_entropy(out.logits_BC, label_B, reduction="sum", ignore_index=IGNORED)
-        return {"cross_entropy": Term(total, (label_B != IGNORED).sum())}
+        total = F.cross_entropy(out.logits_BC, label_B, reduction="sum", ignore_index=UNLABELED)
+        return {"cross_entropy": Term(total, (label_B != UNLABELED).sum())}
