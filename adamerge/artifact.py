@@ -12,17 +12,19 @@ from safetensors.torch import load_file, save_file
 
 from adamerge.checkpoints import open_state
 from adamerge.files import atomic_dir, digest
-from adamerge.learnables import labels_of, load_state, state_of
+from adamerge.learnables import labels_of, load_state, saved_state_of, state_of
 from adamerge.merged import MergedModel
 from adamerge.multitask import MultiTaskModel
 from adamerge.recipe import Recipe, SpaceOptions, VectorOptions
 from adamerge.recorded import foreign, revive
-from adamerge.types import InputError, raise_all
+from adamerge.types import InputError, raise_all, some
 
-FORMAT = 1
+FORMAT = 2
 WEIGHTS, RECORD = "merge.safetensors", "merge.yaml"
 _NEEDED = {
-    **dict.fromkeys(("labels", "sources", "backbone", "rule", "space", "vectors", "left_out", "classes"), dict),
+    **dict.fromkeys(
+        ("labels", "sources", "backbone", "rule", "space", "vectors", "left_out", "classes", "widths"), dict
+    ),
     **{"weights": str, "transforms": list, "task_modules": list},
 }
 
@@ -39,12 +41,17 @@ def save(folder: Path, model: MergedModel, record: Mapping[str, Any]) -> None:
         InputError: No space left on the disk.
     """
     with atomic_dir(folder) as new:
-        save_file({name: tensor.contiguous() for name, tensor in state_of(model).items()}, new / WEIGHTS)
+        save_file({name: tensor.contiguous() for name, tensor in saved_state_of(model).items()}, new / WEIGHTS)
         head = {"format": FORMAT, "weights": digest(new / WEIGHTS), "labels": labels_of(model)}
         text = yaml.safe_dump(
             {**head, **record, "versions": versions()}, sort_keys=False, allow_unicode=True, width=120
         )
         (new / RECORD).write_text(text)
+
+
+def round_as_saved(model: MergedModel) -> None:
+    """Give the learnables the values that `save` keeps, so that what is scored is what is loaded."""
+    load_state(model, saved_state_of(model), labels_of(model), "the model")
 
 
 def load(path: str | Path, *, trust: bool = False, dtype: torch.dtype | None = None) -> MultiTaskModel:
@@ -68,11 +75,44 @@ def open_merge(path: str | Path, *, trust: bool = False) -> MergedModel:
     if not trust:
         raise_all(_foreign(record), "the merge's record")
     recipe = _recipe(record, trust)
-    opened = recipe.open(record["classes"], record["left_out"])
+    opened = recipe.open(record["classes"], record["left_out"], record["widths"])
     raise_all(_changed(record, opened.base, opened.experts), "the merge's sources")
     model = opened.merged(opened.load_vectors())
     load_state(model, load_file(folder / WEIGHTS), record["labels"], str(folder))
     return model.eval()
+
+
+def start_from(path: str | Path, model: MergedModel, record: Mapping[str, Any]) -> None:
+    """Give a model the learnables of a saved merge of the same sources; what the merge does not have stays as it is.
+
+    Args:
+        path: A run's directory or its `merge` folder.
+        model: Has a place for each of the merge's learnables.
+        record: `Opened.record` of the model.
+
+    Raises:
+        InputError: Not a merge; other sources, transforms or space; or learnables that this model has no place for.
+    """
+    folder, before = read_record(path)
+    raise_all(_not_alike(folder, before, record), "`model.init_from`")
+    saved, now = load_file(folder / WEIGHTS), state_of(model)
+    strange = sorted(set(saved) - set(now))
+    if strange:
+        raise InputError(
+            f"`model.init_from` {folder} learned {some(strange)}, which this run has no place for; it has {some(now)}. "
+            "Give this run the same rule and task modules, and further ones beside them."
+        )
+    load_state(model, saved, before["labels"], f"`model.init_from` {folder}", whole=False)
+
+
+def _not_alike(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    for who, entry in now["sources"].items():
+        held = before["sources"].get(who)
+        if held is None or held["sha256"] != entry["sha256"]:
+            yield f"{folder} was learned with another {who}: it had {held['source'] if held else 'none'}."
+    for what in ("transforms", "space", "left_out"):
+        if before[what] != now[what]:
+            yield f"{folder} was learned with other `{what}`: {before[what]}; this run has {now[what]}."
 
 
 def read_record(path: str | Path) -> tuple[Path, dict[str, Any]]:

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from adamerge.loops.tally import sum_over_ranks
+from adamerge.ranks import sum_over_ranks
 from adamerge.types import NonFiniteLoss
 
 log = logging.getLogger("adamerge")

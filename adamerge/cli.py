@@ -50,8 +50,15 @@ def _report(options: Namespace) -> Any:
     return redraw(options.run, trust=options.trust)
 
 
+def _compare(options: Namespace) -> Any:
+    from adamerge.comparing import compare
+
+    where = {"root": options.root, "jobs": options.jobs}
+    return compare(options.recipes, on=options.config, seeds=options.seeds, options=options.set, **where)
+
+
 _COMMANDS: dict[str, Callable[[Namespace], Any]] = {
-    **{"evaluate": _evaluate, "export": _export, "runs": _runs, "report": _report}
+    **{"compare": _compare, "evaluate": _evaluate, "export": _export, "runs": _runs, "report": _report}
 }
 
 
@@ -77,6 +84,7 @@ def command_parser() -> ArgumentParser:
         to.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="Where the model runs")
 
     command("fit", "Learn a merge; the same as python -m adamerge.fit")
+    _add_compare(command("compare", "Run recipes on the same sources and seeds, and write one table"))
     evaluate = command("evaluate", "Score a learned merge again, on the data of its run")
     add_run(evaluate)
     evaluate.add_argument("--split", type=str, help="Split to score on; by default the run's own")
@@ -98,6 +106,21 @@ def command_parser() -> ArgumentParser:
     add_run(report)
     add_trust(report)
     return parser
+
+
+def _add_compare(to: ArgumentParser) -> None:
+    to.add_argument("recipes", type=str, nargs="+", help="YAML files, yours or shipped ones: a row of the table each")
+    to.add_argument(
+        "--config", type=str, action="append", default=[], help="What all recipes stand on; of several, later ones win"
+    )
+    to.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="A run of each recipe for every seed")
+    to.add_argument("--root", type=str, default="runs/compare", help="Folder of the runs and of compare.csv and .md")
+    to.add_argument("--jobs", type=int, default=1, help="Runs at a time; they share the machine and its devices")
+    to.add_argument(
+        *("--set",),
+        **{"type": str, "action": "append", "default": [], "metavar": "KEY=VALUE"},
+        help="An option of fit for every run, say --set trainer.max_steps=10; may be repeated",
+    )
 
 
 def run() -> Any:

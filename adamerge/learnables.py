@@ -1,5 +1,6 @@
 """The learnables of a merged model by stable names, and their alignment with saved ones by task and group name."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -28,7 +29,8 @@ def learnables_of(model: MergedModel) -> dict[str, Learned]:
         kept = set(part.state_dict())  # without buffers that are not persistent
         tensors = [*part.named_parameters(), *part.named_buffers()]
         found |= {f"{prefix}.{name}": Learned(t, part.axes.get(name, ())) for name, t in tensors if name in kept}
-    return {name: each for name, each in found.items() if each.parameter.requires_grad or not _is_parameter(each)}
+    trainable = set(map(id, model.trainable().values()))
+    return {name: each for name, each in found.items() if id(each.parameter) in trainable or not _is_parameter(each)}
 
 
 def _is_parameter(learned: Learned) -> bool:
@@ -40,6 +42,32 @@ def labels_of(model: MergedModel) -> dict[str, list[str]]:
     return {"task": list(model.rule.tasks), "group": list(model.rule.groups)}
 
 
+def train_only(model: MergedModel, pattern: str | None) -> None:
+    """Train the learnables whose names match from their beginning, and no others; None for all.
+
+    Raises:
+        InputError: No regular expression, or one that matches nothing.
+    """
+    names = {n: each.parameter for n, each in learnables_of(model).items() if _is_parameter(each)}
+    try:
+        chosen = [name for name in names if pattern is None or re.match(pattern, name)]
+    except re.error as error:
+        raise InputError(f"`train` is no regular expression: '{pattern}' ({error}).") from error
+    if names and not chosen:
+        raise InputError(f"`train` is '{pattern}', which matches no learnable; there are {some(names)}.")
+    for name, parameter in names.items():
+        parameter.requires_grad_(name in chosen)
+
+
+def saved_state_of(model: MergedModel) -> dict[str, Tensor]:
+    """As `state_of`, in the types that they are saved in."""
+    kinds = {f"rule.{prefix}": dtype for prefix, dtype in model.rule.saved_as.items()}
+    return {
+        name: tensor.to(next((dtype for prefix, dtype in kinds.items() if name.startswith(prefix)), tensor.dtype))
+        for name, tensor in state_of(model).items()
+    }
+
+
 def state_of(model: MergedModel) -> dict[str, Tensor]:
     """Copies of all learnables on the CPU."""
     return {name: learned.parameter.detach().cpu().clone() for name, learned in learnables_of(model).items()}
@@ -47,14 +75,28 @@ def state_of(model: MergedModel) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_state(
-    model: MergedModel, state: Mapping[str, Tensor], labels: Mapping[str, Sequence[str]], source: str
+    model: MergedModel,
+    state: Mapping[str, Tensor],
+    labels: Mapping[str, Sequence[str]],
+    source: str,
+    *,
+    whole: bool = True,
 ) -> None:
     """Copy saved learnables into the model, rows and columns matched by name.
+
+    Args:
+        model: Where to.
+        state: By name, as `state_of` gives them.
+        labels: The names along their axes, as `labels_of` gave them then.
+        source: What messages call the state.
+        whole: All of the model's learnables must be there; else the others stay as they are.
 
     Raises:
         InputError: Other learnables, tasks, groups or shapes than the model's.
     """
     wanted, now = learnables_of(model), labels_of(model)
+    if not whole:
+        wanted = {name: learned for name, learned in wanted.items() if name in state}
     if set(wanted) != set(state):
         missing, extra = some(sorted(set(wanted) - set(state))), some(sorted(set(state) - set(wanted)))
         raise InputError(f"{source} does not hold this merge's learnables: missing {missing}, unknown {extra}.")

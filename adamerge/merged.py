@@ -50,20 +50,34 @@ def _leaf(value: Any) -> Any:
     return value.detach().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
 
 
-def _pull_back(roots: Iterable[Any], leaves: Iterable[Any]) -> None:
-    """Send the leaves' gradients backward through the tensors they were cut from."""
-    pairs = zip(roots, leaves, strict=True)
-    reached = [(root, leaf.grad) for root, leaf in pairs if getattr(leaf, "grad", None) is not None]
-    torch.autograd.backward([root for root, _ in reached], [grad for _, grad in reached])
+def _pull_back(roots: Iterable[Any], leaves: Iterable[Any], *, keep: bool) -> None:
+    """Send the leaves' gradients backward through the tensors they were cut from; they are taken off the leaves."""
+    reached: list[tuple[Any, Tensor]] = []
+    for root, leaf in zip(roots, leaves, strict=True):
+        if getattr(leaf, "grad", None) is not None:
+            reached.append((root, leaf.grad))
+            leaf.grad = None
+    if reached:
+        torch.autograd.backward([root for root, _ in reached], [grad for _, grad in reached], retain_graph=keep)
 
 
 class Step:
-    """One optimiser step through the model: run forwards, hand each loss to `backward`, return `scalar` at the end."""
+    """One optimiser step through the model: run forwards, hand each loss to `backward`, return `scalar` at the end.
 
-    def __init__(self, learnables: Mapping[str, nn.Parameter], device: torch.device, at_once: bool) -> None:
-        self._learnables, self._device, self._at_once = learnables, device, at_once
+    Attributes:
+        gradients: By name, when the step has ended; a loop may put others in their place before it asks for `scalar`.
+    """
+
+    def __init__(
+        self,
+        learnables: Mapping[str, nn.Parameter],
+        device: torch.device,
+        at_once: bool,
+        pull: Callable[[bool], dict[str, Tensor]],
+    ) -> None:
+        self._learnables, self._device, self._at_once, self._pull = learnables, device, at_once, pull
         self._pending: list[Tensor] = []
-        self.gradients: list[Tensor] = []
+        self.gradients: dict[str, Tensor] = {}
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of a loss [], outside of autocast; in `swap` mode, when the step ends."""
@@ -77,9 +91,25 @@ class Step:
                 torch.stack(self._pending).sum().backward()
             self._pending = []
 
+    def taken(self) -> dict[str, Tensor]:
+        """The gradients of what was sent backward so far, by name; they do not count into those of the whole step.
+
+        For `leaf` mode. Costs one contraction with the task vectors.
+        """
+        self._flush()
+        return self._pull(True)
+
+    def end(self) -> None:
+        """Contract with the task vectors, once; called by the model when the block ends."""
+        self._flush()
+        self.gradients = self._pull(False)
+
     def scalar(self, value: Tensor) -> Tensor:
         """A scalar of the given value whose backward hands every learnable the gradient that this step has found."""
-        return _Handed.apply(value.detach().float(), self.gradients, *self._learnables.values())
+        found, self.gradients = self.gradients, {}  # held once
+        return _Handed.apply(
+            value.detach().float(), [found[name] for name in self._learnables], *self._learnables.values()
+        )
 
 
 class _Handed(torch.autograd.Function):
@@ -90,7 +120,8 @@ class _Handed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> Any:
-        return None, None, *[gradient * scale.to(gradient.dtype) for gradient in ctx.gradients]
+        gradients, ctx.gradients = ctx.gradients, []
+        return None, None, *[gradient.mul_(scale.to(gradient.dtype)) for gradient in gradients]
 
 
 class MergedModel(MultiTaskModel):
@@ -123,10 +154,12 @@ class MergedModel(MultiTaskModel):
         skeleton = net if isinstance(net, _Skeleton) else _Skeleton(net, tuple(vectors.space.shapes))
         super().__init__(backbone, skeleton, chains)
         self.vectors, self.rule, self.apply_mode = vectors, rule, apply_mode
+        self._trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        self._held: dict[str, Tensor] | None = None
 
     def variant(self, rule: MergeRule, vectors: TaskVectors | None = None) -> "MergedModel":
-        """The same network, task modules and device under another rule, and other vectors of the same space."""
-        chains = {task: self.chain(task) for task in self.tasks}
+        """The same network, heads and device under another rule, and other vectors of the same space."""
+        chains = {task: self.chain(task)[-1:] for task in self.tasks}
         model = MergedModel(
             self.backbone, self._skeleton, vectors or self.vectors, rule, chains, apply_mode=self.apply_mode
         )
@@ -135,12 +168,36 @@ class MergedModel(MultiTaskModel):
         return model
 
     def learnables(self) -> dict[str, nn.Parameter]:
-        """Everything that is trained: the rule's and the task modules' parameters that require grad."""
+        """What is trained now: the rule's and the task modules' parameters that require grad."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """All that could be trained when the model was made, whether or not it is trained now."""
+        return {name: parameter for name, parameter in self.named_parameters() if name in self._trainable}
+
+    @property
+    def is_fixed(self) -> bool:
+        """Nothing of the rule is trained now, so that the merged weights stay as they are."""
+        return not any(parameter.requires_grad for parameter in self.rule.parameters())
+
+    @property
+    def is_held(self) -> bool:
+        """Inside of `hold()`."""
+        return self._held is not None
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Merge once for the length of the block, in which no learnable of the rule may change."""
+        with torch.no_grad():
+            self._held = self._weights(self.rule.begin())
+        try:
+            yield
+        finally:
+            self._held = None
 
     def weights(self) -> dict[str, Tensor]:
         """Merged tensors by canonical name, in the model's device and dtype, differentiable in the learnables."""
-        return self._weights(self.rule.begin())
+        return self._weights(self.rule.begin()) if self._held is None else self._held
 
     def _weights(self, shared: Any) -> dict[str, Tensor]:
         return {name: self._make(name, shared) for name in self.vectors.space.shapes}
@@ -163,13 +220,27 @@ class MergedModel(MultiTaskModel):
             )
         return self._skeleton.net
 
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return self._skeleton.device
+
+    @property
+    def network(self) -> nn.Module:
+        return self._skeleton.net
+
     def forward(self, batch: Batch, task: str | None = None) -> Tensor:
         self.chain(task)
         with nullcontext() if self._skeleton.in_place else self.applied():
             return super().forward(batch, task)
 
+    def fitted(self, name: str, tensor: Tensor) -> Tensor:
+        """A merged tensor's other value, on the device and in the type that it stands in the network."""
+        return tensor.to(self._skeleton.device, self._skeleton.dtypes[name])
+
     @contextmanager
-    def _placed(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    def placed(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Tensors in the merged tensors' places for the length of the block."""
         if self._skeleton.in_place:
             raise RuntimeError("Merged weights are in place already; `applied()` and `step()` do not nest.")
         self._skeleton.in_place = True
@@ -182,34 +253,80 @@ class MergedModel(MultiTaskModel):
     @contextmanager
     def applied(self) -> Iterator[nn.Module]:
         """The network with the merged weights in place, made once; keep backward inside the block as well."""
-        with self._placed(self.weights()):
+        with self.placed(self.weights()):
             yield self._skeleton.net
 
     @contextmanager
-    def step(self) -> Iterator[Step]:
+    def step(
+        self,
+        *,
+        of: Iterable[str] | None = None,
+        values: Mapping[str, Tensor] | None = None,
+        noise: int | None = None,
+        weights: bool = True,
+    ) -> Iterator[Step]:
         """One materialisation, any number of forwards and `Step.backward`, one pull-back at the end.
 
-        Every learnable enters as a detached leaf, so that nothing in here touches the gradients and hooks of the
-        parameters that an optimiser or DDP watches; `Step.scalar` hands the gradients over.
+        Every trainable parameter enters as a detached leaf, so that nothing in here touches the gradients and hooks of
+        the parameters that an optimiser or DDP watches; `Step.scalar` hands the gradients over.
+
+        Args:
+            of: Names of the parameters whose gradients are wanted; the learnables by default.
+            values: Other values for some parameters, by name, for the length of the step.
+            noise: Seeds what the rule draws; without it the rule draws nothing.
+            weights: Put the merged weights in place; without them only features that are in the batch can be asked for.
         """
-        learnables = self.learnables()
-        leaves = {name: parameter.detach().requires_grad_() for name, parameter in learnables.items()}
-        step = Step(learnables, self._skeleton.device, self.apply_mode == "swap")
-        sites = parameter_sites(self)
-        with swapped({name: sites[name] for name in leaves}, leaves):
+        learnables, values = self.learnables(), values or {}
+        wanted = set(learnables if of is None else of)
+        leaves = {
+            name: values.get(name, parameter).detach().requires_grad_(name in wanted)
+            for name, parameter in self.trainable().items()
+        }
+        with self._drawing(noise), swapped(self._sites(leaves), leaves):
             # A cut before the merge as well: reentrant checkpointing walks each tensor's graph on its own, and
             # would find what the tensors share freed after the first.
-            begun, tree = tree_flatten(self.rule.begin())
+            begun, tree = tree_flatten(self.rule.begin() if weights and self._held is None else None)
             shared = [_leaf(value) for value in begun]
-            made = self._weights(tree_unflatten(shared, tree))
+            made = self._held or self._weights(tree_unflatten(shared, tree)) if weights else {}
             entering = {name: _leaf(weight) for name, weight in made.items()} if self.apply_mode == "leaf" else made
-            with self._placed(entering):
+
+            def pull(keep: bool) -> dict[str, Tensor]:
+                if self.apply_mode == "leaf":
+                    _pull_back(made.values(), entering.values(), keep=keep)
+                _pull_back(begun, shared, keep=keep)
+                found = {name: leaf.grad for name, leaf in leaves.items() if name in wanted}
+                for leaf in leaves.values():
+                    leaf.grad = None
+                return {name: torch.zeros_like(leaves[name]) if g is None else g for name, g in found.items()}
+
+            step = Step(learnables, self._skeleton.device, self.apply_mode == "swap", pull)
+            with self.placed(entering) if weights else nullcontext():
                 yield step
                 step._flush()
-            if self.apply_mode == "leaf":
-                _pull_back(made.values(), entering.values())
-            _pull_back(begun, shared)
-        step.gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves.values()]
+            step.end()
+
+    @contextmanager
+    def graph(self, values: Mapping[str, Tensor], *, noise: int | None = None) -> Iterator[None]:
+        """The merged weights in place with their whole graph, for gradients of gradients.
+
+        Args:
+            values: By name, what the parameters are made of for the length of the block.
+            noise: As for `step`.
+        """
+        with self._drawing(noise), swapped(self._sites(values), values), self.placed(self.weights()):
+            yield
+
+    def _sites(self, names: Iterable[str]) -> dict[str, list[tuple[nn.Module, str]]]:
+        sites = parameter_sites(self)
+        return {name: sites[name] for name in names}
+
+    @contextmanager
+    def _drawing(self, noise: int | None) -> Iterator[None]:
+        self.rule.draw_(noise)
+        try:
+            yield
+        finally:
+            self.rule.draw_(None)
 
     @torch.no_grad()
     def materialize(self, *, dtype: torch.dtype | None = None) -> nn.Module:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from adamerge.backbones.base import batch_size
+from adamerge.blocks import recorded_blocks
 from adamerge.evaluation import confusion, score
 from adamerge.loops import Joint, Loop
 from adamerge.loops.tally import Terms, Weighted
@@ -17,10 +19,10 @@ from adamerge.merged import MergedModel, Step
 from adamerge.objectives import Entropy, Objective
 from adamerge.resume import reconcile_optimizer, restore, training_state
 from adamerge.seeding import seed_of
-from adamerge.types import Batch, InputError, NonFiniteLoss, TaskOutput, raise_all
+from adamerge.teachers import BLOCKS, EXPERT, Teachers
+from adamerge.types import KEPT, Batch, InputError, NonFiniteLoss, TaskOutput, raise_all
 
 log = logging.getLogger("adamerge")
-_PROVIDED = frozenset({"labels"})
 
 
 def adam(parameters: Any) -> Optimizer:
@@ -38,7 +40,10 @@ class AdaMerge(pl.LightningModule):
         optimizer: Makes the optimiser from the learnables.
         lr_scheduler: Makes a schedule from the optimiser; it advances every optimiser step.
         num_classes: C per task, for the accuracy of tasks with labels; none are needed to train.
-        seed: Seeds, with the step and the rank, whatever the model draws at random.
+        seed: Seeds, with the step and the rank, whatever the model draws at random; what the rule draws, with the step
+            alone.
+        teachers: The experts, for objectives that need them; asked where a batch does not hold what they say.
+        phase: The number of the run's phase, for its checkpoints.
 
     Raises:
         InputError: Nothing to learn, or parts that do not work together.
@@ -54,6 +59,8 @@ class AdaMerge(pl.LightningModule):
         lr_scheduler: Callable[[Optimizer], Any] | None = None,
         num_classes: Mapping[str, int] | None = None,
         seed: int = 0,
+        teachers: Teachers | None = None,
+        phase: int = 0,
     ) -> None:
         super().__init__()
         self.strict_loading = (
@@ -64,7 +71,10 @@ class AdaMerge(pl.LightningModule):
         self._make_optimizer, self._make_scheduler = optimizer, lr_scheduler
         self.metrics = torch.nn.ModuleList(confusion(c) for c in (num_classes or {}).values())
         self._metric_tasks = tuple(num_classes or {})
-        self._stack, self._seed = ExitStack(), seed
+        self._stack, self._seed, self._teachers, self._phase = ExitStack(), seed, teachers, phase
+        self._fixed, self._served = ExitStack(), set[str]()  # merged once; tasks since the last optimiser step
+        self.noise = seed
+        self.block_names: Sequence[str] = teachers.blocks if teachers is not None and BLOCKS in self.needs else ()
         self.bad_step_T = torch.empty(0)  # per task, then for the gradient: the first step that was not finite, or -1
         raise_all(self._problems(), "the training set-up")
 
@@ -73,14 +83,18 @@ class AdaMerge(pl.LightningModule):
             yield "There is nothing to learn: neither the rule nor a task module has a trainable parameter."
         if not self.objectives:
             yield "There is no objective; name at least one under `model.objectives`."
+        provided = {"labels"} | (EXPERT if self._teachers is not None else frozenset())
         for objective in self.objectives:
-            if objective.needs - _PROVIDED:
-                wanted = ", ".join(sorted(objective.needs - _PROVIDED))
-                yield f"{type(objective).__name__} needs {wanted}, which nothing here provides."
+            lacking = sorted(objective.needs - provided)
+            if lacking:
+                advice = "; give AdaMerge the experts as `teachers`" if EXPERT & set(lacking) else ""
+                yield f"{type(objective).__name__} needs {', '.join(lacking)}, which nothing here provides{advice}."
             unknown = sorted(set(objective.task_weights) - set(self.model.tasks))
             if unknown:
                 tasks = ", ".join(self.model.tasks)
                 yield f"`task_weights` of {type(objective).__name__} names {', '.join(unknown)}; the tasks are {tasks}."
+        if BLOCKS in self.needs and not self.block_names and self._teachers is not None:
+            yield "An objective is on the network's blocks, but none are known; name them by `backbone.blocks`."
         yield from self.loop.problems(self)
 
     @property
@@ -106,16 +120,48 @@ class AdaMerge(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         self._stack.close()
+        self._fixed.close()
         self.bad_step_T = torch.full((len(self.model.tasks) + 1,), -1, device=self.device, dtype=torch.int64)
 
     def training_step(self, batch: Mapping[str, Batch], batch_idx: int) -> Tensor:
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress.total
-        # a resumed run draws what the straight run draws, each rank its own
-        torch.manual_seed(seed_of(self._seed, "step", progress.processed, self.trainer.global_rank))
+        k = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        # a resumed run draws what the straight run draws; each rank its own, but for the rule
+        torch.manual_seed(seed_of(self._seed, "step", k, self.trainer.global_rank))
+        self.noise = seed_of(self._seed, "rule", k)
+        self._served |= set(batch)
+        if self._teachers is not None:
+            batch = self._teachers.complete(batch, self.needs & EXPERT)
         try:
             return self.loop.step(self, batch)
         except StopIteration as error:  # which Lightning would take for the end of the data
             raise RuntimeError("A StopIteration left the training step.") from error
+
+    def step(self, batches: Mapping[str, Batch], **options: Any) -> AbstractContextManager[Step]:
+        """`MergedModel.step` with this step's noise; the weights are not put in place where no batch needs them."""
+        needed = not all(KEPT in batch for batch in batches.values())
+        if needed and self.model.is_fixed and not self.model.is_held:
+            self._fixed.enter_context(self.model.hold())
+        return self.model.step(noise=self.noise, weights=needed, **options)
+
+    def respond(self, task: str, batch: Batch) -> TaskOutput:
+        """The model's output on a task's batch, with the blocks' where an objective asks for them."""
+        network, names = self.model.network, self.block_names
+        with recorded_blocks(network, names, batch_size(batch), learned=True) as found:
+            out = self.model.respond(task, batch)
+        out.blocks = tuple(found)
+        return out
+
+    def respond_to_all(self, batches: Mapping[str, Batch]) -> Iterator[TaskOutput]:
+        """The model's output on every task's batch, from one forward for all of them."""
+        if all(KEPT in batch for batch in batches.values()):
+            parts: Sequence[Tensor] = [batch[KEPT] for batch in batches.values()]
+        else:
+            whole = self.model.features(self.model.backbone.concatenate(list(batches.values())))
+            parts = whole.split([batch_size(batch) for batch in batches.values()])
+        for task, features_BD in zip(batches, parts, strict=True):
+            with self.model.attached(task):
+                out = self.model.answer(task, features_BD)
+            yield out
 
     def terms(self, out: TaskOutput, batch: Batch) -> Terms:
         """All objectives' weighted terms on one task's output, by name; a name used twice is numbered."""
@@ -132,14 +178,17 @@ class AdaMerge(pl.LightningModule):
         """The rule's penalties, sent backward."""
         penalties = self.model.rule.penalty()
         for penalty in penalties.values():
-            step.backward(penalty)
+            if penalty.requires_grad:
+                step.backward(penalty)
         return {name: penalty.detach() for name, penalty in penalties.items()}
 
     def report(self, values: Mapping[str, Mapping[str, Tensor]], penalties: Mapping[str, Tensor]) -> Tensor:
         """Log every term; return the total loss. Nothing here waits for the device."""
         per_task = {task: torch.stack(list(terms.values())).sum() for task, terms in values.items()}
         total = torch.stack([*per_task.values(), *penalties.values()]).sum()
-        self._watch(torch.stack([per_task[task] for task in self.model.tasks]), slice(0, -1))
+        for place, task in enumerate(self.model.tasks):
+            if task in per_task:
+                self._watch(per_task[task][None], slice(place, place + 1))
         named = {f"train/{task}/{name}": value for task, terms in values.items() for name, value in terms.items()}
         self.log_dict(
             {**named, **{f"train/penalty/{k}": v for k, v in penalties.items()}, "train/loss": total}, batch_size=1
@@ -161,8 +210,13 @@ class AdaMerge(pl.LightningModule):
             for learnable, old in zip(learnables, before, strict=True):
                 learnable.copy_(torch.where(good, learnable, old))
             self.model.rule.project_()
+        self._served.clear()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        for task in set(self.model.tasks) - self._served:  # momentum must not move what this step says nothing of
+            for part in self.model.chain(task):
+                for parameter in part.parameters():
+                    parameter.grad = None
         gradients = [p.grad for p in self.model.learnables().values() if p.grad is not None]
         self._watch(torch.stack([gradient.sum() for gradient in gradients]).sum()[None], slice(-1, None))
         for gradient in gradients:
@@ -174,6 +228,9 @@ class AdaMerge(pl.LightningModule):
 
     def on_train_end(self) -> None:
         self.raise_if_not_finite()
+
+    def teardown(self, stage: str) -> None:
+        self._fixed.close()
 
     def raise_if_not_finite(self) -> None:
         """Look at the marks of bad steps; waits for the device.
@@ -223,9 +280,13 @@ class AdaMerge(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = {}
-        checkpoint["adamerge"] = training_state(self.model, self.trainer.optimizers)
+        state = training_state(self.model, self.trainer.optimizers)
+        teachers = self._teachers.keys if self._teachers is not None else {}
+        checkpoint["adamerge"] = {**state, "phase": self._phase, "teachers": dict(teachers)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         restore(self.model, checkpoint)
+        if self._teachers is not None:
+            self._teachers.check(checkpoint["adamerge"]["teachers"])
         optimizer = self.configure_optimizers()
         reconcile_optimizer(checkpoint, optimizer["optimizer"] if isinstance(optimizer, dict) else optimizer)

@@ -11,7 +11,7 @@ from torch.utils.data import default_collate
 from adamerge.backbones import Backbone
 from adamerge.backbones.base import to_device
 from adamerge.task_modules import TaskModule
-from adamerge.types import Batch, InputError, TaskOutput
+from adamerge.types import KEPT, Batch, InputError, TaskOutput
 
 Chains = Mapping[str, Sequence[TaskModule]]
 
@@ -48,8 +48,13 @@ class MultiTaskModel(nn.Module):
         """The task's modules at work inside the network; the block must span forward and backward."""
         with ExitStack() as stack:
             for module in self.chain(task):
-                stack.enter_context(module.attach(self.bare_net()))
+                stack.enter_context(module.attach(self.network))
             yield
+
+    @property
+    def network(self) -> nn.Module:
+        """The network, whatever weights stand in it."""
+        return self.net
 
     def classes(self, task: str) -> Sequence[str]:
         """The class names of a task, in the order of its logits."""
@@ -65,8 +70,8 @@ class MultiTaskModel(nn.Module):
         return self.net
 
     def features(self, batch: Batch) -> Tensor:
-        """Merged features [B, D], before any task's modules."""
-        return self.backbone.features(self.bare_net(), batch)
+        """Merged features [B, D], before any task's modules; those that were kept stand in the batch."""
+        return batch[KEPT] if KEPT in batch else self.backbone.features(self.bare_net(), batch)
 
     def answer(self, task: str | None, features_BD: Tensor) -> TaskOutput:
         """From merged features to the task's output, in at least fp32; its features are what enters the last module."""

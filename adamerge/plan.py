@@ -1,5 +1,6 @@
 """What a run is about to do, said before it does it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from adamerge.job import Job
@@ -8,26 +9,43 @@ from adamerge.recipe import Opened
 from adamerge.report import duration, gigabytes, shown
 
 
-def plan(job: Job, opened: Opened, model: MergedModel, max_steps: int, world_size: int, folder: Path) -> str:
+def plan(job: Job, opened: Opened, model: MergedModel, ends: Sequence[int], world_size: int, folder: Path) -> str:
     """A line each: tasks, what is merged, what is learned on what, memory, time, directory."""
     space, tasks = opened.space, model.tasks
-    size = sum(parameter.numel() for parameter in model.learnables().values())
+    size = sum(parameter.numel() for parameter in model.trainable().values())
     vectors = sum(
         model.vectors.deltas(name).dtype.itemsize * shape.numel() for name, shape in space.shapes.items()
     ) * len(tasks)
     one_model = 4 * space.num_elements
     copies = 3 if model.apply_mode == "leaf" else 2
-    steps = max(0, max_steps)
+    steps = max(0, ends[-1])
     lines = {
         "Tasks": f"{len(tasks)}: {', '.join(tasks)}",
         "Merging": space.describe(),
-        "Learning": f"{size:,} numbers by {type(model.rule).__name__}, on split '{job.data.split}', "
+        "Learning": f"{size:,} numbers by {_parts(model)}, on split '{job.data.split}', "
         f"{job.data.batch_size} samples per task and step on {world_size} rank{'s' * (world_size > 1)}",
         "Memory": f"about {gigabytes(vectors + copies * one_model)} for base, merged weights and task vectors "
         f"(placement: {job.recipe.vectors.placement}); activations beside",
         "Time": f"about {duration(steps * len(tasks) * opened.seconds * 1.2)} for {steps} steps"
         if steps
         else "as long as the trainer says",
+        **({"Phases": _phases(job, ends)} if len(ends) > 1 else {}),
         "Run": shown(folder),
     }
     return "\n".join(f"{name + ':':<10}{text}" for name, text in lines.items())
+
+
+def _parts(model: MergedModel) -> str:
+    """The rule's class, and those of the task modules that learn."""
+    chain = model.chain(model.tasks[0])
+    learning = [type(part).__name__ for part in chain if any(p.requires_grad for p in part.parameters())]
+    return " + ".join([type(model.rule).__name__, *dict.fromkeys(learning)])
+
+
+def _phases(job: Job, ends: Sequence[int]) -> str:
+    starts = [0, *ends]
+    said = []
+    for phase, start, end in zip(job.recipe.phases, starts, ends, strict=False):
+        by = " + ".join(type(objective).__name__ for objective in phase.objectives or ())
+        said.append(f"steps {start} to {end} train {phase.train or 'all'} by {by}")
+    return "; ".join(said)

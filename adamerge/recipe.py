@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from adamerge.audit import header_problems
 from adamerge.backbones import Backbone
 from adamerge.backbones.base import batch_size, to_device
+from adamerge.blocks import recorded_blocks
 from adamerge.checkpoints import State, absolute, open_state
 from adamerge.loops import Joint, Loop
 from adamerge.merged import ApplyMode, MergedModel
@@ -45,6 +46,28 @@ class SpaceOptions:
 
 
 @dataclass(frozen=True)
+class Phase:
+    """A stretch of a run that trains some of the learnables; what is not given here is the recipe's.
+
+    Args:
+        train: Regular expression of the names of the learnables that are trained, from their beginning: `rule`,
+            `rule.inner`, `rule.logits`, `task`; all by default.
+        share: How long it lasts, in proportion to the other phases; together they last `trainer.max_steps`.
+        objectives: What is minimised.
+        loop: How one step goes through the tasks.
+        optimizer: Makes the optimiser.
+        lr_scheduler: Makes a schedule, over the steps of this phase.
+    """
+
+    train: str | None = None
+    share: float = 1.0
+    objectives: Sequence[Objective] | None = None
+    loop: Loop | None = None
+    optimizer: Callable[[Iterable[Tensor]], Optimizer] | None = None
+    lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None
+
+
+@dataclass(frozen=True)
 class VectorOptions:
     """How the task vectors are kept.
 
@@ -73,9 +96,15 @@ class Recipe(Recorded):
         loop: How one step goes through the tasks.
         optimizer: Makes the optimiser of the learnables.
         lr_scheduler: Makes a schedule that advances every optimiser step.
+        train: Regular expression of the names of the learnables that are trained, from their beginning; all by default.
+        phases: Stretches of the run, one after the other, that train different learnables; one by default.
+        init_from: Run whose learned merge, of the same sources, gives the learnables their first values.
         space: Which tensors are merged, in which groups.
         vectors: How the task vectors are kept.
         apply_mode: `leaf` or `swap`; see `MergedModel`.
+
+    Raises:
+        InputError: `train` beside `phases`, or a phase whose share is not above 0.
     """
 
     def __init__(
@@ -91,6 +120,9 @@ class Recipe(Recorded):
         loop: Loop | None = None,
         optimizer: Callable[[Iterable[Tensor]], Optimizer] | None = None,
         lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+        train: str | None = None,
+        phases: Sequence[Phase] | None = None,
+        init_from: str | None = None,
         space: SpaceOptions | None = None,
         vectors: VectorOptions | None = None,
         apply_mode: ApplyMode = "leaf",
@@ -100,13 +132,37 @@ class Recipe(Recorded):
         self.objectives, self.loop = list(objectives) if objectives is not None else [Entropy()], loop or Joint()
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.space, self.vectors, self.apply_mode = space or SpaceOptions(), vectors or VectorOptions(), apply_mode
+        self.init_from = init_from
+        if train is not None and phases:
+            raise InputError("`model.train` and `model.phases` exclude each other: say in each phase what it trains.")
+        wrong = [phase.share for phase in phases or () if not phase.share > 0]
+        if wrong:
+            raise InputError(f"The `share` of a phase is {wrong[0]}; it is above 0.")
+        self.phases = [self._whole(phase) for phase in phases or [Phase(train)]]
 
-    def open(self, classes: Mapping[str, Sequence[str]], left_out: Mapping[str, str] | None = None) -> "Opened":
+    def _whole(self, phase: Phase) -> Phase:
+        """The phase with the recipe's own where nothing else is given."""
+        return replace(
+            phase,
+            objectives=self.objectives if phase.objectives is None else list(phase.objectives),
+            loop=phase.loop or self.loop,
+            optimizer=phase.optimizer or self.optimizer,
+            lr_scheduler=phase.lr_scheduler or self.lr_scheduler,
+        )
+
+    def open(
+        self,
+        classes: Mapping[str, Sequence[str]],
+        left_out: Mapping[str, str] | None = None,
+        widths: Mapping[str, Any] | None = None,
+    ) -> "Opened":
         """Open the sources, build the network with the base's weights and find what is merged; reads no task vectors.
 
         Args:
             classes: The class names of each task.
             left_out: Tensors to leave out, with the reason, beside those that `space.skip` names.
+            widths: D of the `features` and of the `blocks`, where they are known from before; else `Opened.probe` finds
+                them.
 
         Raises:
             InputError: Sources that are missing, damaged or do not fit the network or the tasks; all problems at once.
@@ -126,9 +182,10 @@ class Recipe(Recorded):
         raise_all(header_problems(space, base, states), "the checkpoints")
         _fill(net, space, base, states)
         infos = [TaskInfo(task, tuple(classes[task]), state, base) for task, state in states.items()]
-        heads = self.backbone.heads(infos)
-        chains = {info.name: [*(make(info) for make in self.task_modules), heads[info.name]] for info in infos}
-        return Opened(self, net, space, base, states, chains, classes)
+        opened = Opened(self, net, space, base, states, self.backbone.heads(infos), classes)
+        if widths is not None:
+            opened.width, opened.blocks = widths["features"], dict(widths["blocks"])
+        return opened
 
     def _open_states(self, states: dict[str, State]) -> Iterator[str]:
         for name, source in [(_BASE, self.base), *self.experts.items()]:
@@ -147,12 +204,14 @@ class Opened:
     space: ParamSpace
     base: State
     experts: Mapping[str, State]
-    chains: Mapping[str, list[TaskModule]]
+    heads: Mapping[str, TaskModule]
     classes: Mapping[str, Sequence[str]]
+    width: int = field(default=0, init=False)  # D of the features; 0 until it is known
+    blocks: dict[str, int] = field(default_factory=dict, init=False)  # the network's blocks, with the D of each
     seconds: float = field(default=0.0, init=False)  # one task batch, forward and backward
 
-    def leave_out_unreachable(self, batches: Mapping[str, Batch], device: torch.device) -> None:
-        """Leave out the tensors that no task's features depend on; time a forward and backward on the way.
+    def probe(self, batches: Mapping[str, Batch], device: torch.device) -> None:
+        """Run every task once: leave out the tensors that no features depend on, measure widths and time.
 
         Args:
             batches: One per task.
@@ -166,8 +225,7 @@ class Opened:
             for task, batch in batches.items():
                 batch = to_device(batch, device)
                 start = time.perf_counter()
-                features = self.recipe.backbone.features(self.net, batch)
-                self._check_features(task, features, batch_size(batch))
+                features = self._look_at(task, batch)
                 loss = features.float().square().sum()
                 loss.backward()
                 loss.item()  # wait for the device
@@ -179,11 +237,22 @@ class Opened:
             for parameter in parameters.values():
                 parameter.grad = None
 
+    def _look_at(self, task: str, batch: Batch) -> Tensor:
+        """A task's features [B, D], checked, with the widths that were seen on the way."""
+        names, size = self.recipe.backbone.blocks(self.net), batch_size(batch)
+        with recorded_blocks(self.net, names, size) as found:
+            features = self.recipe.backbone.features(self.net, batch)
+        self._check_features(task, features, size)
+        fit = len(found) == len(names) and all(block.dim() == 2 and len(block) == size for block in found)
+        self.blocks = {name: block.shape[1] for name, block in zip(names, found, strict=True)} if fit else {}
+        self.width = features.shape[1]
+        return features
+
     def _check_features(self, task: str, features: object, size: int) -> None:
         if not isinstance(features, Tensor) or features.dim() != 2 or len(features) != size:
             found = list(features.shape) if isinstance(features, Tensor) else f"a {type(features).__name__}"
             raise InputError(f"The features of task '{task}' are {found}; the backbone must give a tensor [{size}, D].")
-        head = self.chains[task][-1]
+        head = self.heads[task]
         width = head.weight.shape[1] if isinstance(head, (LinearHead, ZeroShotHead)) else features.shape[1]
         if features.shape[1] != width:
             raise InputError(f"Task '{task}' has features of width {features.shape[1]}, its head takes {width}.")
@@ -218,9 +287,18 @@ class Opened:
             options = recipe.vectors
             changed = raw.transformed(recipe.transforms, seed=options.seed or 0)
             vectors = changed.stored(dtype=self._dtype, placement=options.placement)
+        chains = {task: self._chain(task) for task in self.experts}
         return MergedModel(
-            recipe.backbone, self.net, vectors, recipe.rule(vectors), self.chains, apply_mode=recipe.apply_mode
+            recipe.backbone, self.net, vectors, recipe.rule(vectors), chains, apply_mode=recipe.apply_mode
         )
+
+    def _chain(self, task: str) -> list[TaskModule]:
+        head, seed = self.heads[task], self.recipe.vectors.seed or 0
+        info = TaskInfo(
+            task, tuple(self.classes[task]), self.experts[task], self.base, head, self.net, self.width or None,
+            self.blocks, seed,
+        )  # fmt: skip
+        return [*(make(info) for make in self.recipe.task_modules), head]
 
     def record(self, model: MergedModel) -> dict[str, Any]:
         """What is needed to make this model again, as text, with the digests of the sources.
@@ -229,7 +307,7 @@ class Opened:
             InputError: A part that cannot be written down.
         """
         recipe = self.recipe
-        modules = [spec(module) for module in self.chains[model.tasks[0]][:-1]]
+        modules = [spec(module) for module in model.chain(model.tasks[0])[:-1]]
         sources = {
             "base": (recipe.base, self.base),
             **{f"expert {t}": (recipe.experts[t], s) for t, s in self.experts.items()},
@@ -243,6 +321,8 @@ class Opened:
             "space": vars(recipe.space),
             "vectors": vars(recipe.vectors),
             "left_out": {name: why for name, why in self.space.left_out.items() if why == "not reached by the loss"},
+            "widths": {"features": self.width, "blocks": dict(self.blocks)},
+            "folds": not modules,
             "classes": {task: list(names) for task, names in self.classes.items()},
             "sources": {
                 who: {"source": absolute(source), "sha256": state.sha256()} for who, (source, state) in sources.items()

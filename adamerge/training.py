@@ -1,57 +1,42 @@
 """From a recipe, data and a trainer's options to a learned merge, on one process or many."""
 
 import logging
-import pickle
-import signal
-import struct
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import resource
+import time
+import uuid
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from itertools import islice
+from functools import partial
+from itertools import accumulate, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, Logger
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
-from rich.console import Console
 
 from adamerge import artifact
-from adamerge.callbacks import GracefulStop, SaveOnException
 from adamerge.config import parse
 from adamerge.data import UnlabeledTasks
 from adamerge.evaluation import Scores, baselines, evaluate
-from adamerge.job import TRAINER_DEFAULTS, Job, RunOptions
+from adamerge.job import Job, RunOptions
+from adamerge.learnables import train_only
 from adamerge.merged import MergedModel
 from adamerge.module import AdaMerge, adam
 from adamerge.multitask import MultiTaskModel
 from adamerge.plan import plan
 from adamerge.processes import launch, once
-from adamerge.progress import Progress
 from adamerge.recipe import Opened, Recipe
 from adamerge.report import gain, score_table, shown, write_plots
+from adamerge.resume import restore
 from adamerge.run_folder import about, make_folder
+from adamerge.teachers import EXPERT, Keeper, Teachers
 from adamerge.terminal import progress_console
 from adamerge.tracking import tracked
-from adamerge.types import InputError
+from adamerge.trainers import add_to_run, eval_limit, fit, make_trainer, read_checkpoint, terse_lightning
+from adamerge.types import KEPT, InputError
 
 log = logging.getLogger("adamerge")
-
-_EXPECTED = (  # warnings of Lightning's about what is meant here
-    r"Found \d+ module\(s\) in eval mode",  # frozen parts stay in eval
-    r"Experiment logs directory .* exists and is not empty",  # metrics.csv joins config.yaml in the run's own directory
-    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own use of torch
-    r"It is recommended to use `self.log\(.*sync_dist=True`",  # the confusion matrices were added up over ranks before
-    r"Total length of `list` across ranks is zero",  # nothing to evaluate on
-    r".*does not have many workers",  # small tasks are held in memory
-    r"The dirpath has changed",  # a resumed run has a directory of its own
-    r"Be aware that when using `ckpt_path`",  # how often to checkpoint may change from run to run
-)
 
 
 @dataclass
@@ -111,65 +96,51 @@ def train(
 
 def execute(job: Job) -> Run:
     """Run a job: launch the processes, check everything, score the baselines, train, save, score."""
-    with _terse_lightning():
+    with terse_lightning():
         return _execute(job)
-
-
-@contextmanager
-def _terse_lightning() -> Iterator[None]:
-    """Warnings only: what devices there are and when training ends is in the plan and in the table."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning")]
-    levels = [each.level for each in loggers]
-    for each in loggers:
-        each.setLevel(max(each.level, logging.WARNING))
-    try:
-        yield
-    finally:
-        for each, level in zip(loggers, levels, strict=True):
-            each.setLevel(level)
 
 
 def _execute(job: Job) -> Run:
     pl.seed_everything(job.seed_everything, verbose=False)
     job = _own(job)
-    trainer = _make_trainer(job)
+    trainer = make_trainer(job)
     launch(trainer)
     if not trainer.is_global_zero:
         log.setLevel(logging.ERROR)
     device = trainer.strategy.root_device
-    checkpoint = _checkpoint_path(job.ckpt_path)
-    opened, first = _open(trainer, job), job.data.stream()[0]
+    checkpoint, held = read_checkpoint(job.ckpt_path)
+    opened, batches = _open(trainer, job), job.data.stream()[0]
     job.data.eval_loaders(trainer.global_rank, trainer.world_size)  # a missing or too small split is said now
-    opened.leave_out_unreachable(first, device)
+    opened.probe(batches, device)
     raw = opened.load_vectors()
     model = trainer.precision_plugin.convert_module(opened.merged(raw)).to(device)
-    module = AdaMerge(
-        model,
-        objectives=job.recipe.objectives,
-        loop=job.recipe.loop,
-        optimizer=job.recipe.optimizer or adam,
-        lr_scheduler=job.recipe.lr_scheduler,
-        num_classes=job.data.num_classes,
-        seed=job.seed_everything,
-    )
-    job.data.labels = "labels" in module.needs
-    if job.data.labels:
+    teachers = Teachers(opened, model)
+    stages = _stages(job, model, teachers, trainer.max_steps)
+    if any("labels" in stage.module.needs for stage in stages):
         job.data.check_labels()
     record = {**once(trainer, lambda: opened.record(model)), **about(job)}
-    folder = once(trainer, lambda: make_folder(job, 10 * sum(p.numel() * 4 for p in model.learnables().values())))
+    if job.recipe.init_from is not None:
+        artifact.start_from(job.recipe.init_from, model, record)
+    if held:
+        restore(model, held)
+    size = sum(parameter.numel() for parameter in model.trainable().values())
+    folder = once(trainer, lambda: make_folder(job, 40 * size))
     if job.data.split == job.data.eval_split:
         log.warning("Adapting on the split '%s' that is also evaluated on: scores are transductive.", job.data.split)
-    log.info("%s", plan(job, opened, model, trainer.max_steps, trainer.world_size, folder))
+    ends = [stage.end for stage in stages]
+    log.info("%s", plan(job, opened, model, ends, trainer.world_size, folder))
 
     def scored(candidate: MultiTaskModel, tasks: Sequence[str]) -> Scores:
         loaders = job.data.eval_loaders(trainer.global_rank, trainer.world_size)
         convert = trainer.precision_plugin.convert_input
         with trainer.precision_plugin.forward_context():
-            batches = {task: islice(loaders[task], _limit(trainer, len(loaders[task]))) for task in tasks}
+            batches = {task: islice(loaders[task], eval_limit(trainer, len(loaders[task]))) for task in tasks}
             return evaluate(candidate, batches, job.data.num_classes, device, convert)
 
+    cost: dict[str, Any] = {"learnables": size}
+
     def save(scores: Mapping[str, Scores], finished: bool = True) -> None:
-        how_far = {"steps": trainer.global_step, "finished": finished}
+        how_far = {"steps": trainer.global_step, "finished": finished, "cost": cost}
         artifact.save(folder / "merge", model, {**record, **how_far, "scores": dict(scores)})
 
     scores: dict[str, Scores] = {}
@@ -179,9 +150,12 @@ def _execute(job: Job) -> Run:
                 with opened.buffers_of(tasks[0] if name.startswith("expert ") else None):
                     scores[name] = scored(candidate, tasks)
     del raw
-    _add_to_run(trainer, job, folder, lambda: save(scores, finished=False))
+    add_to_run(trainer, job, folder, lambda: save(scores, finished=False))
     with tracked(trainer, folder, model.rule, scores, plot_every=job.run.plot_every, checkpoint=checkpoint):
-        _fit(trainer, module, job.data, checkpoint)
+        start = time.perf_counter()
+        _train(job, trainer, model, stages, teachers, checkpoint, held)
+        cost |= {"seconds": round(time.perf_counter() - start, 3), "peak_memory": _peak_memory(device)}
+        artifact.round_as_saved(model)
         once(trainer, lambda: save(scores))
         if job.data.eval_split is not None:
             scores["this merge"] = scored(model.to(device), tuple(job.data.tasks))
@@ -189,6 +163,90 @@ def _execute(job: Job) -> Run:
     if not trainer.fast_dev_run:
         once(trainer, lambda: _plot(folder, model, scores))
     return Run(folder, scores, model.folded(), model)
+
+
+class _Stage(NamedTuple):
+    module: AdaMerge
+    train: str | None
+    end: int  # the optimiser step that it ends at; -1 where the trainer's other limits end it
+
+
+def _stages(job: Job, model: MergedModel, teachers: Teachers, max_steps: int) -> list[_Stage]:
+    """The recipe's phases, each with its module; all of them are checked before the first is trained."""
+    phases = job.recipe.phases
+    if len(phases) > 1 and max_steps < 1:
+        raise InputError("`model.phases` share `trainer.max_steps` among them; give it a number.")
+    shares = list(accumulate(phase.share for phase in phases))
+    ends = [round(max_steps * share / shares[-1]) for share in shares] if max_steps > 0 else [-1]
+    stages = []
+    for number, (phase, end) in enumerate(zip(phases, ends, strict=True)):
+        train_only(model, phase.train)
+        module = AdaMerge(
+            model,
+            objectives=phase.objectives,
+            loop=phase.loop,
+            optimizer=phase.optimizer or adam,
+            lr_scheduler=phase.lr_scheduler,
+            num_classes=job.data.num_classes,
+            seed=job.seed_everything,
+            teachers=teachers,
+            phase=number,
+        )
+        stages.append(_Stage(module, phase.train, end))
+    return stages
+
+
+def _train(
+    job: Job,
+    trainer: pl.Trainer,
+    model: MergedModel,
+    stages: Sequence[_Stage],
+    teachers: Teachers,
+    checkpoint: str | None,
+    held: Mapping[str, Any],
+) -> None:
+    """One phase after the other, from the one that the checkpoint was made in."""
+    first = held["adamerge"]["phase"] if held else 0
+    if first >= len(stages):
+        raise InputError(
+            f"`ckpt_path` was made in phase {first + 1}; this run has {len(stages)}. Resume with the same."
+        )
+    plugin, device = trainer.precision_plugin, trainer.strategy.root_device
+    token = once(trainer, lambda: uuid.uuid4().hex)
+    keeper = Keeper(job.data, device, token, str(trainer.precision), plugin.forward_context, plugin.convert_input)
+    try:
+        for number, stage in enumerate(stages[first:], start=first):
+            resumed = checkpoint if number == first else None
+            if stage.end >= 0:
+                if stage.end <= trainer.global_step and resumed is None:
+                    continue
+                trainer.fit_loop.epoch_loop.max_steps = stage.end
+            train_only(model.to(device), stage.train)
+            _prepare(job, stage.module, keeper, teachers)
+            fit(trainer, stage.module, job.data, resumed)
+    finally:
+        keeper.close()
+
+
+def _prepare(job: Job, module: AdaMerge, keeper: Keeper, teachers: Teachers) -> None:
+    """Set the training stream up for a phase: its tasks' order, its labels, and what is known of the samples."""
+    data, model, wanted = job.data, module.model, module.needs & EXPERT
+    data.labels = "labels" in module.needs
+    data.slot = partial(module.loop.slot, tasks=model.tasks, seed=job.seed_everything)
+    known: dict[str, dict[str, Any]] = keeper.experts(teachers, wanted) if wanted else {}
+    inside = any(part.inside for task in model.tasks for part in model.chain(task))
+    if model.is_fixed and not inside and not module.block_names:
+        for task, merged in keeper.merged(model).items():
+            if wanted <= set(known.get(task, {})):
+                known.setdefault(task, {})[KEPT] = merged[KEPT]
+    data.tables = known
+
+
+def _peak_memory(device: torch.device) -> int:
+    """The most memory held at once, in bytes: of the GPU where there is one, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _plot(folder: Path, model: MergedModel, scores: Mapping[str, Scores]) -> None:
@@ -214,97 +272,3 @@ def _open(trainer: pl.Trainer, job: Job) -> Opened:
     mine = []
     once(trainer, lambda: mine.append(job.recipe.open(job.data.classes)))  # what stays here cannot travel
     return mine[0] if mine else job.recipe.open(job.data.classes)
-
-
-def _make_trainer(job: Job) -> pl.Trainer:
-    options = {**TRAINER_DEFAULTS, **job.trainer}
-    show = options.pop("enable_progress_bar", None)
-    bar = Console().is_terminal if show is None else show
-    given = (
-        [options["callbacks"]]
-        if isinstance(options.get("callbacks"), Callback)
-        else list(options.get("callbacks") or ())
-    )
-    options["callbacks"] = [*given, *([Progress()] if bar else ())]
-    if str(options.get("precision")) in ("16", "16-mixed", "16-true"):
-        raise InputError(
-            f"`trainer.precision: {options['precision']}` would not scale the losses inside a merging step, and small "
-            "gradients would vanish. Use bf16-mixed, or 32."
-        )
-    if str(options.get("precision")) in ("64", "64-true"):
-        raise InputError("`trainer.precision: 64-true` is not supported: learnables are fp32. Use 32.")
-    epochs = isinstance(options.get("limit_train_batches"), int) and (options["max_epochs"] or -1) > 0
-    if options["max_steps"] in (None, -1) and not (epochs or options.get("max_time") or options.get("fast_dev_run")):
-        raise InputError("The training stream has no end: say in `trainer.max_steps` when to stop.")
-    own = any(isinstance(callback, ModelCheckpoint) for callback in given)
-    fixed = {"enable_progress_bar": bar, "use_distributed_sampler": False, "enable_checkpointing": own, "logger": False}
-    try:
-        trainer = pl.Trainer(**{**options, **fixed})
-    except (MisconfigurationException, ValueError, TypeError) as error:
-        raise InputError(f"`trainer` is not set up well: {error}") from error
-    if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
-        raise InputError(f"`trainer.strategy` {type(trainer.strategy).__name__} is not supported; use auto or ddp.")
-    return trainer
-
-
-def _limit(trainer: pl.Trainer, num_batches: int) -> int:
-    """How many batches are scored: what `trainer.limit_val_batches` allows; all where 0 asks for no validation."""
-    limit = trainer.limit_val_batches
-    return (limit if isinstance(limit, int) else int(limit * num_batches)) or num_batches
-
-
-def _checkpoint_path(path: str | None) -> str | None:
-    if path is None:
-        return None
-    file = Path(path).expanduser()
-    file = file / "checkpoints" / "last.ckpt" if file.is_dir() else file
-    if not file.is_file():
-        raise InputError(
-            f"`ckpt_path` is '{path}', but there is no checkpoint at {file}; name a .ckpt file or a run's directory."
-        )
-    try:
-        ours = "adamerge" in torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, TypeError, EOFError, LookupError, struct.error, pickle.UnpicklingError):
-        ours = False
-    if not ours:
-        raise InputError(f"`ckpt_path` {file} is damaged, or no training checkpoint of adamerge.")
-    return str(file)
-
-
-def _add_to_run(trainer: pl.Trainer, job: Job, folder: Path, save_merge: Callable[[], None]) -> None:
-    """Loggers, checkpoints and the careful stop, now that the directory is known."""
-    if trainer.fast_dev_run:
-        return
-    asked = job.trainer.get("logger")
-    others = (
-        [asked]
-        if isinstance(asked, Logger)
-        else [each for each in asked or () if isinstance(each, Logger)]
-        if asked is not True
-        else []
-    )
-    trainer.loggers = [
-        CSVLogger(folder, name="", version="", flush_logs_every_n_steps=trainer.log_every_n_steps),
-        *others,
-    ]
-    trainer.callbacks += [SaveOnException(folder, save_merge), GracefulStop()]  # handlers stay until the save is done
-    if not any(isinstance(callback, ModelCheckpoint) for callback in trainer.callbacks):
-        every = job.run.checkpoint_every
-        trainer.callbacks.append(
-            ModelCheckpoint(folder / "checkpoints", save_last=True, save_top_k=0, every_n_train_steps=every)
-        )
-
-
-def _fit(trainer: pl.Trainer, module: AdaMerge, data: UnlabeledTasks, checkpoint: str | None) -> None:
-    stop = next((callback for callback in trainer.callbacks if isinstance(callback, GracefulStop)), None)
-    try:
-        with warnings.catch_warnings():
-            for message in _EXPECTED:
-                warnings.filterwarnings("ignore", message)
-            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    except MisconfigurationException as error:
-        raise InputError(f"`trainer` is not set up well: {error}") from error
-    except SIGTERMException:
-        if stop is not None and stop.received == signal.SIGINT:
-            raise KeyboardInterrupt from None
-        raise SystemExit(128 + signal.SIGTERM) from None

@@ -6,13 +6,17 @@ classes.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-Batch = Mapping[str, Any]  # one task's collated samples; "label" [B] only where labels are asked for
+# One task's collated samples. "label" [B] stands in it only where labels are asked for, and what a teacher says of the
+# samples only where an objective needs it: "expert.logits" [B, C], "expert.features" [B, D], and "expert.blocks", a
+# list with one [B, D of the block] for each block of the network, means over tokens.
+Batch = Mapping[str, Any]
 
+KEPT = "merged.features"  # [B, D] in a batch: the merged features of its samples, from a merge that is not trained
 UNLABELED = -100  # the label of a sample that has none: it is neither learned from nor scored
 
 
@@ -39,12 +43,17 @@ class Term:
 
 @dataclass(frozen=True)
 class TaskInfo:
-    """What a task module may know of its task."""
+    """What a task module may know of its task; heads are made first, and know less."""
 
     name: str
     classes: Sequence[str] | None = None  # the C class names
     expert: Mapping[str, Tensor] | None = None  # the expert's checkpoint, opened lazily
     base: Mapping[str, Tensor] | None = None  # the base's
+    head: nn.Module | None = None  # what makes the task's logits
+    net: nn.Module | None = None  # the network, to look names and shapes up in; not to be kept
+    width: int | None = None  # D of the features
+    blocks: Mapping[str, int] = field(default_factory=dict)  # the network's blocks in order, with their D
+    seed: int = 0  # the run's own, for initial values that are random
 
 
 @dataclass
@@ -52,8 +61,9 @@ class TaskOutput:
     """What the merged model says about one task's batch, in fp32."""
 
     task: str
-    features_BD: Tensor
+    features_BD: Tensor  # what enters the head, after the task's other modules
     logits_BC: Tensor
+    blocks: Sequence[Tensor] = ()  # [B, D of the block] for each block, means over tokens, where an objective asks
 
 
 def some(names: Iterable[str]) -> str:

@@ -3,13 +3,13 @@
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Container
+from functools import partial
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import adamerge
 from adamerge.objectives import Objective
 from adamerge.rules import LayerWise, MergeRule
-from adamerge.rules.coefficients import _ACTIVATIONS
 from adamerge.task_modules import TaskModule
 from adamerge.transforms import Transform
 
@@ -34,22 +34,31 @@ def _family(base: type) -> list[type]:
     return sorted(ours, key=lambda cls: cls.__qualname__)
 
 
-def _variants(classes: list[type], option: str | None = None, values: Any = ()) -> dict[str, Callable[..., Any]]:
-    from functools import partial
+def _choices(cls: type) -> dict[str, tuple[str, Any]]:
+    """By name, option and value: every value but the default of each option that is a switch or one of a few words."""
+    hints, found = get_type_hints(cls.__init__), {}
+    for option, parameter in inspect.signature(cls).parameters.items():
+        if hints.get(option) is bool:
+            found[option] = (option, not parameter.default)
+        elif get_origin(hints.get(option)) is Literal:
+            found |= {value: (option, value) for value in get_args(hints[option]) if value != parameter.default}
+    return found
 
+
+def _variants(classes: list[type], options: Container[str] = ()) -> dict[str, Callable[..., Any]]:
     made: dict[str, Callable[..., Any]] = {}
     for cls in classes:
         made[cls.__name__] = cls
-        if option and option in inspect.signature(cls).parameters:
-            made.update(
-                {f"{cls.__name__}-{value}": partial(cls, **{option: value}) for value in values if value != "none"}
-            )
+        for name, (option, value) in _choices(cls).items():
+            if option in options:
+                made[f"{cls.__name__}-{name}"] = partial(cls, **{option: value})
     return made
 
 
-RULES = _variants(_family(MergeRule), "activation", _ACTIVATIONS)
+RULES = _variants(_family(MergeRule), {"activation"})
 TRANSFORMS = _variants(_family(Transform))
-OBJECTIVES = _variants(_family(Objective))
+OBJECTIVES = _variants(_family(Objective), {"loss", "on", "normalize", "confident", "divide_by_log_classes"})
 TASK_MODULES = _variants(_family(TaskModule))
 
 assert LayerWise in _family(MergeRule)
+assert {"LayerWise-softmax", "FeatureDistillation-blocks", "PseudoLabel-confident"} <= RULES.keys() | OBJECTIVES.keys()

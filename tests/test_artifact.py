@@ -178,11 +178,11 @@ def test_our_own_demo_needs_no_trust(tmp_path):
     [
         (lambda d: (d / "merge.yaml").unlink(), "holds no saved merge"),
         (lambda d: (d / "merge.safetensors").unlink(), "holds no saved merge"),
-        (lambda d: (d / "merge.yaml").write_text("format: 99"), "is not of format 1"),
+        (lambda d: (d / "merge.yaml").write_text("format: 99"), "is not of format 2"),
         (lambda d: (d / "merge.yaml").write_text("[1, 2"), "holds no saved merge"),
         (lambda d: (d / "merge.yaml").write_text("!!python/object/apply:os.getcwd []"), "holds no saved merge"),
         (
-            lambda d: (d / "merge.yaml").write_text("format: 1"),
+            lambda d: (d / "merge.yaml").write_text("format: 2"),
             "is cut short or damaged: labels, sources, backbone is missing",
         ),
     ],

@@ -72,7 +72,7 @@ def test_alone_it_prints_help(adamerge_command):
     status, out, err = adamerge_command()
     assert (status, err) == (0, "")
     assert out == adamerge_command("--help")[1]
-    for name in ("fit", "evaluate", "export", "runs", "report"):
+    for name in ("fit", "compare", "evaluate", "export", "runs", "report"):
         assert re.search(rf"^    {name} +[A-Z]", out, re.M)
 
 
@@ -80,6 +80,7 @@ def test_alone_it_prints_help(adamerge_command):
     ("name", "words"),
     [
         ("fit", ["usage: adamerge fit", "--config", "--model.rule", "--trainer.max_steps"]),
+        ("compare", ["recipes", "--config", "--seeds", "--root", "--jobs", "--set KEY=VALUE", "trainer.max_steps=10"]),
         ("evaluate", ["run", "--split", "--batch_size", "--device", "--trust"]),
         ("export", ["run", "out", "--dtype {float32,bfloat16,float16}", "--device", "--trust"]),
         ("runs", ["root", "--sort {time,score}"]),
@@ -97,6 +98,9 @@ def test_each_command_has_help(adamerge_command, name, words):
     ("arguments", "message"),
     [
         (["marge"], "invalid choice: 'marge'"),
+        (["compare"], "arguments are required"),
+        (["compare", "nowhere.yaml"], "There is no configuration 'nowhere.yaml'"),
+        (["compare", "nowhere.yaml", "--seeds", "two"], "two"),
         (["evaluate"], "arguments are required"),
         (["evaluate", "nowhere"], "'nowhere' holds no saved merge"),
         (["evaluate", "nowhere", "--device", "tpu"], "tpu"),

@@ -1,6 +1,7 @@
 """What every rule, transform, objective and task module keeps, whoever wrote it."""
 
 import inspect
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,9 +9,12 @@ from torch.autograd import gradcheck
 
 from adamerge.deltas import DenseDeltas
 from adamerge.learnables import labels_of, load_state, state_of
+from adamerge.task_modules import ZeroShotHead
 from adamerge.types import TaskInfo, TaskOutput
 from tests.contracts import OBJECTIVES, RULES, TASK_MODULES, TRANSFORMS
-from tests.tiny import CLASSES, TASKS, TiedNet, batches_of, merged_of, vectors_of
+from tests.tiny import CLASSES, TASKS, Net, TiedNet, batches_of, merged_of, vectors_of
+
+BLOCK_WIDTHS = (3, 5)
 
 rules = pytest.mark.parametrize("make", RULES.values(), ids=RULES)
 transforms = pytest.mark.parametrize("make", TRANSFORMS.values(), ids=TRANSFORMS)
@@ -94,8 +98,8 @@ def test_rule_gradient_is_the_finite_difference(make):
 
     def merged(*values):
         for name, value in zip(names, values, strict=True):
-            del rule._parameters[name]
-            rule._parameters[name] = value
+            owner, _, attribute = name.rpartition(".")
+            rule.get_submodule(owner)._parameters[attribute] = value
         return torch.cat([tensor.reshape(-1) for tensor in merge_all(rule, vectors).values()])
 
     if "clamp_ste" in str(make):
@@ -179,9 +183,12 @@ def test_objective_adds_up_over_parts_of_a_batch(make):
     objective = make()
     if objective.couples_batch:
         pytest.skip("looks at the batch as a whole")
-    model, batch = merged_of(), batches_of()["a"]
+    model, batch = merged_of(), taught(batches_of()["a"])
     whole = objective(model_output(model, batch), batch)
-    halves = [{k: v[part] for k, v in batch.items()} for part in (slice(0, 1), slice(1, None))]
+    halves = [
+        {k: [t[part] for t in v] if isinstance(v, list) else v[part] for k, v in batch.items()}
+        for part in (slice(0, 1), slice(1, None))
+    ]
     parts = [objective(model_output(model, half), half) for half in halves]
     for name, term in whole.items():
         assert term.sum.shape == ()
@@ -192,31 +199,57 @@ def test_objective_adds_up_over_parts_of_a_batch(make):
 @objectives
 def test_objective_gradient_is_the_finite_difference(make):
     torch.manual_seed(0)
-    objective, batch = make(), batches_of(dtype=torch.float64)["a"]
-    logits = torch.randn(4, CLASSES["a"], dtype=torch.float64, requires_grad=True)
-    features = torch.randn(4, 6, dtype=torch.float64)
+    objective, batch = make(), taught(batches_of(dtype=torch.float64)["a"])
+    values = [
+        torch.randn(4, width, dtype=torch.float64, requires_grad=True) for width in (6, CLASSES["a"], *BLOCK_WIDTHS)
+    ]
 
-    def total(logits):
-        return sum(term.sum for term in objective(TaskOutput("a", features, logits), batch).values())
+    def total(features, logits, *blocks):
+        return sum(term.sum for term in objective(TaskOutput("a", features, logits, blocks), batch).values())
 
-    assert gradcheck(total, [logits])
+    assert total(*values).requires_grad
+    assert gradcheck(total, values)
 
 
 @objectives
-def test_objective_needs_labels_only_if_it_says_so(make):
-    objective = make()
-    model, batch = merged_of(), dict(batches_of()["a"])
-    del batch["label"]
-    if "labels" in objective.needs:
-        with pytest.raises(KeyError):
-            objective(model_output(model, batch), batch)
-    else:
-        assert objective(model_output(model, batch), batch)
+def test_objective_takes_a_teacher_in_another_precision(make):
+    objective, model, batch = make(), merged_of(), taught(batches_of()["a"])
+    out = model_output(model, batch)
+    expected = objective(out, batch)
+    for dtype in (torch.float16, torch.float64):
+        for name, term in objective(out, taught(batch, dtype)).items():
+            assert term.sum.dtype == torch.float32
+            torch.testing.assert_close(term.sum, expected[name].sum)
+
+
+@objectives
+def test_objective_needs_what_it_says_and_no_more(make):
+    objective, model, batch = make(), merged_of(), taught(batches_of()["a"])
+    needed = {"label" if need == "labels" else need for need in objective.needs}
+    bare = {key: value for key, value in batch.items() if key in {"input", *needed}}
+    out = model_output(model, bare)
+    assert objective(out, bare)
+    for need in needed:
+        with pytest.raises(KeyError, match=need):
+            objective(out, {key: value for key, value in bare.items() if key != need})
+
+
+def taught(batch, dtype=None):
+    """The batch with what a teacher says of its samples."""
+    size, dtype = len(batch["input"]), dtype or batch["input"].dtype
+    generator = torch.Generator().manual_seed(0)
+    logits, features, *blocks = (
+        torch.randn(size, width, generator=generator).half().to(dtype) for width in (CLASSES["a"], 6, *BLOCK_WIDTHS)
+    )
+    return {**batch, "expert.logits": logits, "expert.features": features, "expert.blocks": blocks}
 
 
 def model_output(model, batch):
+    """What the model says, with blocks where the batch's teacher has some."""
     with model.applied():
-        return model.respond("a", batch)
+        out = model.respond("a", batch)
+    blocks = [out.features_BD[:, :width] for width in BLOCK_WIDTHS] if "expert.blocks" in batch else ()
+    return replace(out, blocks=blocks)
 
 
 @pytest.mark.parametrize("make", TASK_MODULES.values(), ids=TASK_MODULES)
@@ -224,7 +257,8 @@ def test_task_module_keeps_fp32(make):
     model = merged_of()
     kind = make if inspect.isclass(make) else make.func
     module = next((m for m in model.modules() if isinstance(m, kind)), None)
-    if module is None:  # a head that is made from embeddings
-        module = kind(TaskInfo("a"), torch.randn(4, 6), 10.0)
+    if module is None:
+        embeddings = (torch.randn(4, 6), 10.0) if kind is ZeroShotHead else ()
+        module = kind(TaskInfo("a", head=model.chain("a")[-1], net=Net(), width=6), *embeddings)
     module.to(torch.bfloat16)
     assert all(parameter.dtype == torch.float32 for parameter in module.parameters())

@@ -14,7 +14,7 @@ PACKAGE = Path(adamerge.__file__).parent
 # A file imports only from lower layers, or from its own folder.
 LAYERS = [
     {"types"},
-    {"files", "recorded", "modules", "seeding", "deltas", "terminal", "hub"},
+    {"files", "recorded", "modules", "seeding", "deltas", "terminal", "hub", "ranks", "blocks"},
     {"demo"},
     {"checkpoints"},
     {"space"},
@@ -27,22 +27,24 @@ LAYERS = [
     {"learnables"},
     {"loops", "resume"},
     {"evaluation", "recipe"},
+    {"teachers"},
     {"artifact"},
     {"module", "callbacks", "progress", "report"},
-    {"job", "processes"},
-    {"config", "run_folder", "plan", "tracking", "exporting", "runs"},
-    {"training", "rescore"},
+    {"job", "processes", "comparison"},
+    {"config", "run_folder", "plan", "tracking", "exporting", "runs", "attempts", "trainers"},
+    {"training", "rescore", "comparing"},
     {"cli"},
     {"fit"},
 ]
 HOMES = {
-    "lightning": {"data", "module", "callbacks", "progress", "processes", "config", "tracking", "training"},
+    "lightning": {"data", "module", "callbacks", "progress", "processes", "config", "tracking", "trainers", "training"},
     "jsonargparse": {"config", "artifact", "cli"},
     "transformers": set(),
     "open_clip": {"backbones", "demo"},
     "wandb": {"tracking"},
     "matplotlib": {"report", "demo"},
-    "rich": {"terminal", "backbones", "demo", "report", "training", "progress", "exporting", "runs", "rescore"},
+    "rich": {"terminal", "backbones", "demo", "report", "teachers", "trainers", "progress"}
+    | {"exporting", "runs", "rescore", "comparison"},
 }
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
 

@@ -1,6 +1,7 @@
 """Small real networks, pools and data for the tests; also importable from configurations (`tests.tiny.Net`)."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from adamerge.backbones import Module
+from adamerge.blocks import block_names, recorded_blocks
 from adamerge.data import TensorTask, UnlabeledTasks
 from adamerge.merged import MergedModel
 from adamerge.modules import identity
@@ -213,6 +215,14 @@ def vectors_of(
     return TaskVectors.load(space, pool["base"], {task: pool[task] for task in tasks})
 
 
+def widths_of(net: nn.Module) -> dict[str, int]:
+    """The network's blocks in order, with their D."""
+    names = block_names(net)
+    with torch.no_grad(), recorded_blocks(net.eval(), names, 2) as found:
+        net(torch.zeros(2, INPUT))
+    return {name: mean_BD.shape[1] for name, mean_BD in zip(names, found, strict=True)}
+
+
 def merged_of(
     net: type[nn.Module] = Net,
     tasks: Sequence[str] = TASKS,
@@ -227,14 +237,16 @@ def merged_of(
     """A merged model of the pool, in memory; float64 throughout if asked for."""
     pool = states(net, tasks)
     backbone = Module(build or net)
+    blocks = widths_of(net())
     torch.manual_seed(0)
     built = backbone.build()
     built.load_state_dict(pool["base"])
     vectors = vectors_of(net, tasks, group=group, dtype=dtype)
     chains = {}
     for task in tasks:
-        info = TaskInfo(task, [str(c) for c in range(CLASSES[task])], pool[task])
-        chains[task] = [*(make(info) for make in modules), LinearHead(info)]
+        info = TaskInfo(task, [str(c) for c in range(CLASSES[task])], pool[task], pool["base"])
+        info = replace(info, head=LinearHead(info), net=built, width=WIDTH, blocks=blocks)
+        chains[task] = [*(make(info) for make in modules), info.head]
     model = MergedModel(backbone, built.to(dtype), vectors, rule(vectors), chains, **options)
     for parameter in [p for part in (model.rule, model.task_modules) for p in part.parameters()]:
         parameter.data = parameter.data.to(dtype)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adamerge.blocks import block_names
 from adamerge.checkpoints import State, open_state
 from adamerge.recorded import Recorded
 from adamerge.task_modules import TaskModule
@@ -29,6 +30,13 @@ class Backbone(Recorded, ABC):
     @abstractmethod
     def head(self, task: TaskInfo) -> TaskModule:
         """What turns a task's features into its logits."""
+
+    def blocks(self, net: nn.Module) -> Sequence[str]:
+        """The modules that the network is a chain of, by name and in order, for what works block by block.
+
+        Default: the largest list of modules in it.
+        """
+        return block_names(net)
 
     def heads(self, tasks: Sequence[TaskInfo]) -> dict[str, TaskModule]:
         """The heads of all tasks, for backbones that make them faster together."""
@@ -81,7 +89,7 @@ class Backbone(Recorded, ABC):
         Raises:
             InputError: The tasks' inputs have different shapes.
         """
-        keys = [key for key in batches[0] if key != "label"]
+        keys = [key for key in batches[0] if key != "label" and not key.startswith("expert.")]
         try:
             return {key: torch.cat([batch[key] for batch in batches]) for key in keys}
         except (RuntimeError, TypeError, KeyError) as error:
@@ -105,4 +113,8 @@ def batch_size(batch: Batch) -> int:
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with its tensors on a device; other entries pass."""
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+    def moved(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    return {key: [*map(moved, value)] if isinstance(value, list) else moved(value) for key, value in batch.items()}

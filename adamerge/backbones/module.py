@@ -1,8 +1,9 @@
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
 
 from adamerge.backbones.base import Backbone
+from adamerge.blocks import block_names
 from adamerge.checkpoints import absolute
 from adamerge.task_modules import LinearHead, TaskModule
 from adamerge.types import Batch, InputError, TaskInfo
@@ -18,6 +19,8 @@ class Module(Backbone):
         heads: Prefix of a linear head's tensors in each expert's checkpoint (`head.` reads `head.weight` and
             `head.bias`), or a checkpoint with such tensors for each task.
         train_heads: Train the heads along with the merge; they are frozen otherwise.
+        blocks: Regular expression of the whole names of the network's blocks; by default the parts of its largest
+            `nn.ModuleList`, else `nn.Sequential`.
     """
 
     def __init__(
@@ -28,17 +31,21 @@ class Module(Backbone):
         input: str = "input",
         heads: str | Mapping[str, str] = "head.",
         train_heads: bool = False,
+        blocks: str | None = None,
     ) -> None:
         if not isinstance(heads, str):  # found again from any working directory
             heads = self._arguments["heads"] = {task: absolute(str(path)) for task, path in heads.items()}
         self._build, self._features, self._input, self._heads = build, features, input, heads
-        self._train_heads = train_heads
+        self._train_heads, self._blocks = train_heads, blocks
 
     def build(self) -> nn.Module:
         net = self._build()
         if self._features and not callable(getattr(net, self._features, None)):
             raise InputError(f"`backbone.features` is '{self._features}', which is no method of {type(net).__name__}.")
         return net
+
+    def blocks(self, net: nn.Module) -> Sequence[str]:
+        return block_names(net, self._blocks)
 
     def features(self, net: nn.Module, batch: Batch) -> Tensor:
         if self._input not in batch:

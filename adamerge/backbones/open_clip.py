@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from adamerge.backbones.base import Backbone
 from adamerge.backbones.clip_source import CONFIG, WEIGHTS, ClipSource, lasting
+from adamerge.blocks import block_names
 from adamerge.checkpoints import State
 from adamerge.files import atomic_file, cache_dir, sha256
 from adamerge.task_modules import TaskModule, ZeroShotHead
@@ -38,6 +39,8 @@ class OpenCLIP(Backbone):
         templates: Prompts with `{}` for the class name, for all tasks or for each; their embeddings are averaged.
         input: Which entry of a sample is the image: a PIL image, a uint8 tensor of the network's size [3, H, W], or a
             floating tensor that is already normalised.
+        blocks: Regular expression of the whole names of the image tower's blocks; by default the parts of its largest
+            `nn.ModuleList`, else `nn.Sequential`.
 
     Raises:
         InputError: No such model, no network, weights that open_clip cannot read, or class names that repeat.
@@ -51,9 +54,11 @@ class OpenCLIP(Backbone):
         *,
         templates: Sequence[str] | Mapping[str, Sequence[str]] = ("a photo of a {}.",),
         input: str = "image",
+        blocks: str | None = None,
     ) -> None:
         self._arguments["model"] = lasting(model)
         self._source, self._templates, self._input = ClipSource(lasting(model)), templates, input
+        self._blocks = blocks
         self._settings: dict[str, Any] = {}  # of the preprocessing, once a model was made
         every = list(templates.values()) if isinstance(templates, Mapping) else [templates]
         wrong = [prompt for prompts in every for prompt in prompts if "{}" not in prompt]
@@ -68,6 +73,9 @@ class OpenCLIP(Backbone):
     def _tower(self, clip: Any) -> "_ImageTower":
         self._settings = dict(clip.visual.preprocess_cfg)
         return _ImageTower(clip.visual, self._settings)
+
+    def blocks(self, net: nn.Module) -> Sequence[str]:
+        return block_names(net, self._blocks)
 
     def features(self, net: nn.Module, batch: Batch) -> Tensor:
         if self._input not in batch:

@@ -18,6 +18,8 @@ class Digits(TaskData):
         InputError: Another task.
     """
 
+    repeatable = True
+
     def __init__(self, task: str) -> None:
         if task not in digits.TASKS:
             raise InputError(f"The digits have the tasks {', '.join(digits.TASKS)}; asked for '{task}'.")

@@ -1,5 +1,6 @@
 """Images from folders and from Hugging Face `datasets`, decoded when asked for."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -88,6 +89,12 @@ def _images(files: Sequence[Path]) -> list[Path]:
 class _Files(Dataset[Mapping[str, Any]]):
     def __init__(self, samples: Sequence[tuple[Path, int]]) -> None:
         self._samples = samples
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the files' names, sizes and times, and of their labels."""
+        stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns, label) for file, label in self._samples]
+        return hashlib.sha256(repr(stats).encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -225,6 +232,11 @@ class HFDataset(TaskData):
 class _Rows(Dataset[Mapping[str, Any]]):
     def __init__(self, rows: Any, columns: Mapping[str, str], path: str) -> None:
         self._rows, self._columns, self._path = rows, columns, path
+
+    @property
+    def fingerprint(self) -> str:
+        """That of `datasets`, which changes with whatever was done to the rows."""
+        return str(self._rows._fingerprint)
 
     def __len__(self) -> int:
         return len(self._rows)

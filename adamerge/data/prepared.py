@@ -25,7 +25,12 @@ class Prepared(Dataset[Mapping[str, Any]]):
 
     def __init__(self, samples: Dataset[Mapping[str, Any]], prepare: Prepare, limit: int = 0) -> None:
         self._samples, self._prepare = samples, prepare
-        self._memory = _Memory.for_samples(self._prepare(samples[0]), len(self), limit) if limit else None
+        self._memory: _Memory | None = None
+        if limit:
+            raw = samples[0]
+            prepared = prepare(raw)
+            if prepared is not raw:  # else they are remembered already
+                self._memory = _Memory.for_samples(prepared, len(self), limit)
 
     def __len__(self) -> int:
         return len(self._samples)  # type: ignore[arg-type]
@@ -34,6 +39,11 @@ class Prepared(Dataset[Mapping[str, Any]]):
     def size(self) -> int:
         """Bytes set aside for remembered samples."""
         return self._memory.size if self._memory is not None else 0
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Of the raw samples; None where it is not known."""
+        return getattr(self._samples, "fingerprint", None)
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         if self._memory is None:

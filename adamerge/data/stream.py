@@ -1,7 +1,7 @@
 """The endless training stream: what step k holds is a pure function of (seed, task, rank, k)."""
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -10,7 +10,10 @@ import torch
 from torch.utils.data import Dataset, SequentialSampler, default_collate
 
 from adamerge.seeding import seed_of
-from adamerge.types import Batch
+from adamerge.types import KEPT, Batch
+
+Slot = Callable[[int], tuple[int, Sequence[str]]]
+Tables = Mapping[str, Mapping[str, Any]]
 
 
 class StepSampler(SequentialSampler):
@@ -39,7 +42,7 @@ class StepStream(Dataset[Mapping[str, Batch]]):
 
     A task's samples come in an endless sequence of seeded permutations. Step k of all W ranks together takes the next W
     * B of them, dealt out in turn: ranks never share a position, and W ranks see what one rank with W * B samples per
-    step sees.
+    step sees. An optimiser step that serves some of the tasks takes theirs alone, from the step that `slot` names.
 
     Args:
         splits: Map-style dataset per task.
@@ -49,6 +52,10 @@ class StepStream(Dataset[Mapping[str, Batch]]):
         rank: This rank.
         world_size: W.
         labels: Keep the entry "label".
+        slot: From an optimiser step to the step whose batches it takes, and the tasks it takes them of; by default its
+            own, of all tasks.
+        tables: Per task what is known of all its samples beforehand, [N, …] or a list of such, by the name of an entry;
+            merged features among them stand in the place of the samples themselves.
     """
 
     def __init__(
@@ -60,14 +67,31 @@ class StepStream(Dataset[Mapping[str, Batch]]):
         rank: int = 0,
         world_size: int = 1,
         labels: bool = False,
+        slot: Slot | None = None,
+        tables: Tables | None = None,
     ) -> None:
         self._splits, self._batch_size, self._seed = dict(splits), batch_size, seed
         self._rank, self._world_size, self._labels = rank, world_size, labels
+        self._slot, self._tables = slot, tables or {}
         self._permutation = lru_cache(maxsize=2 * len(self._splits))(self._draw)
 
     def __getitem__(self, k: int) -> Mapping[str, Batch]:
+        step, tasks = self._slot(k) if self._slot else (k, tuple(self._splits))
         with _kept_random_state():
-            return {task: default_collate([self._sample(task, p) for p in self.positions(k)]) for task in self._splits}
+            return {task: self._batch(task, self.positions(step)) for task in tasks}
+
+    def _batch(self, task: str, positions: range) -> Batch:
+        table = self._tables.get(task, {})
+        read = self._labels or KEPT not in table
+        batch = default_collate([self._sample(task, position) for position in positions]) if read else {}
+        if not table:
+            return batch
+        index_B = torch.tensor([self.index(task, position) for position in positions])
+        known = {
+            key: [v[index_B] for v in value] if isinstance(value, list) else value[index_B]
+            for key, value in table.items()
+        }
+        return {**batch, **known}
 
     def positions(self, k: int) -> range:
         """Where in each task's endless sequence this rank's samples of step k stand."""

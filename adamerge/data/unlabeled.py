@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from adamerge.data.base import TaskData
 from adamerge.data.prepared import Prepare, Prepared
-from adamerge.data.stream import StepSampler, StepStream
+from adamerge.data.stream import Slot, StepSampler, StepStream, Tables
 from adamerge.recorded import Recorded
 from adamerge.types import Batch, InputError, raise_all
 
@@ -24,6 +24,7 @@ class UnlabeledTasks(Recorded, pl.LightningDataModule):
         eval_batch_size: Samples per forward in evaluation.
         num_workers: Processes that prepare batches; each prepares whole steps.
         cache_limit: Memory for decoded samples, in GB on each rank; a split that does not fit is decoded every time.
+            Also the disk space for what experts say of the samples; what does not fit is computed every time.
         seed: Seeds the order of the samples and any randomness in them; by default the run's seed.
 
     Raises:
@@ -53,6 +54,8 @@ class UnlabeledTasks(Recorded, pl.LightningDataModule):
         self.eval_batch_size, self.num_workers, self.seed = eval_batch_size, num_workers, seed
         self.cache_limit = cache_limit
         self.labels = False  # set by the run when an objective needs labels
+        self.slot: Slot | None = None  # set by the run: which tasks a step serves
+        self.tables: Tables = {}  # set by the run: what is known of the samples of `split` beforehand
         self.prepare: Prepare | None = None  # set by the run: how the backbone takes a raw sample
         self._splits: dict[str, dict[str, Dataset[Any]]] = {}
         self._cached = 0  # bytes
@@ -121,6 +124,8 @@ class UnlabeledTasks(Recorded, pl.LightningDataModule):
             rank=rank,
             world_size=world_size,
             labels=self.labels,
+            slot=self.slot,
+            tables=self.tables,
         )
 
     def train_dataloader(self) -> Iterable[Mapping[str, Batch]]:

@@ -1,5 +1,5 @@
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -17,6 +17,10 @@ class Loop(Recorded, ABC):
     def problems(self, module: "AdaMerge") -> Iterator[str]:
         """What in the module this loop cannot work with, one sentence each; asked before training. Default: nothing."""
         return iter(())
+
+    def slot(self, step: int, tasks: Sequence[str], seed: int) -> tuple[int, Sequence[str]]:
+        """Which step's batches an optimiser step takes, and of which tasks. Default: its own, of all tasks."""
+        return step, tasks
 
     @abstractmethod
     def step(self, module: "AdaMerge", batches: Mapping[str, Batch]) -> Tensor:

@@ -1,15 +1,16 @@
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from adamerge.backbones.base import batch_size
 from adamerge.loops.base import Loop
-from adamerge.loops.tally import Tally, counts_of, sum_over_ranks
-from adamerge.merged import MergedModel, Step
-from adamerge.task_modules import TaskModule
-from adamerge.types import Batch, InputError, TaskOutput
+from adamerge.loops.min_norm import gram, min_norm_weights
+from adamerge.loops.tally import Tally, counts_of
+from adamerge.merged import Step
+from adamerge.ranks import sum_over_ranks, world_size
+from adamerge.types import Batch, InputError
 
 if TYPE_CHECKING:
     from adamerge.module import AdaMerge
@@ -23,30 +24,42 @@ class Joint(Loop):
             `concatenated` runs all tasks as one batch; `auto` is per_task for the leaf merge and concatenated for swap.
         micro_batch: At most this many samples of a task at once; the result is the same up to rounding. Objectives that
             filter samples cost one more forward then, to know their counts first.
+        combine: How the tasks' gradients of the rule become one: their `sum`, or the shortest vector in their convex
+            hull, `min_norm`, along which no task's loss rises at first order. That costs one contraction with the task
+            vectors for each task. Gradients of task modules are added in both.
 
     Raises:
         InputError: `micro_batch` below 1.
+
+    Source: `min_norm` is MGDA, arXiv 1810.04650.
     """
 
     def __init__(
-        self, *, order: Literal["auto", "per_task", "concatenated"] = "auto", micro_batch: int | None = None
+        self,
+        *,
+        order: Literal["auto", "per_task", "concatenated"] = "auto",
+        micro_batch: int | None = None,
+        combine: Literal["sum", "min_norm"] = "sum",
     ) -> None:
         if micro_batch is not None and micro_batch < 1:
             raise InputError(f"`loop.micro_batch` is {micro_batch}; it is a number of samples, at least 1.")
-        self.order, self.micro_batch = order, micro_batch
+        self.order, self.micro_batch, self.combine = order, micro_batch, combine
 
     def problems(self, module: "AdaMerge") -> Iterator[str]:
         model = module.model
-        inside = [
-            m.task for m in model.modules() if isinstance(m, TaskModule) and type(m).attach is not TaskModule.attach
-        ]
-        if inside and (model.apply_mode == "swap" or self._concatenates(module)):
-            yield (
-                f"Task modules of {', '.join(inside)} work inside the network: use `apply_mode: leaf` and "
-                "`loop.order: per_task` with them."
-            )
-        if self.micro_batch and (model.apply_mode == "swap" or self._concatenates(module)):
-            yield "`loop.micro_batch` splits tasks' batches: use `apply_mode: leaf` and `loop.order: per_task` with it."
+        split = model.apply_mode == "leaf" and not self._concatenates(module)
+        inside = sorted({type(part).__name__ for task in model.tasks for part in model.chain(task) if part.inside})
+        advice = "use `apply_mode: leaf` and `loop.order: per_task`"
+        if inside and not split:
+            yield f"{', '.join(inside)} works inside the network, for one task at a time: {advice} with it."
+        if module.block_names and not split:
+            yield f"Objectives on blocks look at one task at a time: {advice} with them."
+        if self.micro_batch and not split:
+            yield f"`loop.micro_batch` splits tasks' batches: {advice} with it."
+        if self.combine == "min_norm" and not split:
+            yield f"`loop.combine: min_norm` needs each task's own gradient: {advice} with it."
+        if self.combine == "min_norm" and model.is_fixed:
+            yield "`loop.combine: min_norm` combines gradients of the rule, but no learnable of the rule is trained."
         coupled = [type(objective).__name__ for objective in module.objectives if objective.couples_batch]
         if self.micro_batch and coupled:
             yield f"{', '.join(coupled)} looks at a batch as a whole, so `loop.micro_batch` cannot split it."
@@ -55,28 +68,39 @@ class Joint(Loop):
         return self.order == "concatenated" or (self.order == "auto" and module.model.apply_mode == "swap")
 
     def step(self, module: "AdaMerge", batches: Mapping[str, Batch]) -> Tensor:
-        tally = Tally()
-        with module.model.step() as step:
-            if self._concatenates(module):
-                losses = []
-                for out in _answers(module.model, batches):
-                    terms = module.terms(out, batches[out.task])
-                    losses.append(tally.loss(out.task, terms, sum_over_ranks(counts_of(terms))))
-                step.backward(torch.stack(losses).sum())
-            else:
-                for task, batch in batches.items():
-                    with module.model.attached(task):
-                        self._task(module, step, tally, task, batch)
+        tally, apart = Tally(), []
+        with module.step(batches) as step:
+            for _ in self.passes(module, step, tally, batches):
+                if self.combine == "min_norm":
+                    apart.append(step.taken())
             penalties = module.penalize(step)
+        if apart:
+            found = _combined(apart)
+            step.gradients = {name: gradient + found[name] for name, gradient in step.gradients.items()}
         return step.scalar(module.report(tally.values(), penalties))
+
+    def passes(self, module: "AdaMerge", step: Step, tally: Tally, batches: Mapping[str, Batch]) -> Iterator[None]:
+        """Send the tasks' losses backward, stopping after every task, or once where all are one batch."""
+        if self._concatenates(module):
+            losses = []
+            for out in module.respond_to_all(batches):
+                terms = module.terms(out, batches[out.task])
+                losses.append(tally.loss(out.task, terms, sum_over_ranks(counts_of(terms))))
+            step.backward(torch.stack(losses).sum())
+            yield
+            return
+        for task, batch in batches.items():
+            with module.model.attached(task):
+                self._task(module, step, tally, task, batch)
+            yield
 
     def _task(self, module: "AdaMerge", step: Step, tally: Tally, task: str, batch: Batch) -> None:
         size = batch_size(batch)
         width = min(self.micro_batch or size, size)
-        parts = [{key: value[i : i + width] for key, value in batch.items()} for i in range(0, size, width)]
+        parts = [part_of(batch, slice(start, start + width)) for start in range(0, size, width)]
         counts = self._filtered_counts(module, task, parts) if len(parts) > 1 else None
         for part in parts:
-            terms = module.terms(module.model.respond(task, part), part)
+            terms = module.terms(module.respond(task, part), part)
             if counts is None:
                 counts = sum_over_ranks(counts_of(terms) * (size / batch_size(part)))
             step.backward(tally.loss(task, terms, counts))
@@ -86,12 +110,28 @@ class Joint(Loop):
         """The terms' counts over all parts and ranks where a filter decides them; None where the first part tells."""
         if not any(objective.filters for objective in module.objectives):
             return None
-        passed = [counts_of(module.terms(module.model.respond(task, part), part)) for part in parts]
+        passed = [counts_of(module.terms(module.respond(task, part), part)) for part in parts]
         return sum_over_ranks(torch.stack(passed).sum(0))
 
 
-def _answers(model: MergedModel, batches: Mapping[str, Batch]) -> Iterator[TaskOutput]:
-    features = model.features(model.backbone.concatenate(list(batches.values())))
-    parts = features.split([batch_size(batch) for batch in batches.values()])
-    for task, part in zip(batches, parts, strict=True):
-        yield model.answer(task, part)
+def part_of(batch: Batch, part: slice) -> Batch:
+    """Some samples of a batch; entries may be tensors, lists of tensors, or lists with one item for each sample."""
+
+    def of(value: Any) -> Any:
+        return [item[part] for item in value] if isinstance(value, list) and torch.is_tensor(value[0]) else value[part]
+
+    return {key: of(value) for key, value in batch.items()}
+
+
+def _combined(apart: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The min-norm combination of the tasks' gradients of the rule, equal on all ranks; the sum of all others."""
+    shared = [name for name in apart[0] if name.startswith("rule.")]
+    for gradients in apart:
+        for name in shared:
+            sum_over_ranks(gradients[name]).div_(world_size())
+    weights = min_norm_weights(gram([[gradients[name] for name in shared] for gradients in apart])).unbind()
+    found = {name: torch.stack([gradients[name] for gradients in apart]) for name in apart[0] if name not in shared}
+    return {name: stacked.sum(0) for name, stacked in found.items()} | {
+        name: torch.stack([weight * gradients[name] for weight, gradients in zip(weights, apart, strict=True)]).sum(0)
+        for name in shared
+    }

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from adamerge.ranks import sum_over_ranks, world_size
 from adamerge.types import Term
 
 
@@ -18,18 +18,6 @@ class Weighted(NamedTuple):
 
 
 Terms = Mapping[str, Weighted]
-
-
-def world_size() -> int:
-    """W, the number of ranks; 1 without a process group."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """The tensor added up over all ranks, in place."""
-    if world_size() > 1:
-        dist.all_reduce(tensor)
-    return tensor
 
 
 def counts_of(terms: Terms) -> Tensor:
@@ -60,7 +48,8 @@ class Tally:
             terms: The K weighted terms.
             counts: Their counts [K] over all micro-batches and ranks.
         """
-        sums = torch.stack([weighted.term.sum.float() for weighted in terms.values()])
+        sums = torch.stack([weighted.term.sum for weighted in terms.values()])
+        sums = sums.to(torch.promote_types(sums.dtype, torch.float32))
         self._terms[task], self._counts[task] = terms, counts
         self._sums[task] = self._sums[task] + sums.detach() if task in self._sums else sums.detach()
         means = (sums * world_size() / counts.clamp(min=1)).unbind()

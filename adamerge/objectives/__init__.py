@@ -1,7 +1,10 @@
 """Objectives: named scalars to minimise, each with what it needs."""
 
 from adamerge.objectives.base import Objective
+from adamerge.objectives.distillation import Distillation, FeatureDistillation
+from adamerge.objectives.diversity import Diversity
 from adamerge.objectives.entropy import Entropy
+from adamerge.objectives.pseudo_label import PseudoLabel
 from adamerge.objectives.supervised import Supervised
 
-__all__ = ["Entropy", "Objective", "Supervised"]
+__all__ = ["Distillation", "Diversity", "Entropy", "FeatureDistillation", "Objective", "PseudoLabel", "Supervised"]

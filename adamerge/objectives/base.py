@@ -18,13 +18,14 @@ class Objective(Recorded, nn.Module, ABC):
         task_weights: Further factors per task; tasks that are not named have 1.
 
     Attributes:
-        needs: What the batch or the output must hold beyond the merged model's own: "labels", later "expert.logits", ….
-        filters: The count may differ from the number of samples, depending on the model's outputs.
+        needs: What the batch must hold beyond the inputs: "labels", "expert.logits", "expert.features" or
+            "expert.blocks"; the last asks for `out.blocks` too. An instance may set it, as its options have it.
+        filters: The count may differ from the number of samples, depending on the model's outputs; as `needs`.
         couples_batch: The sum is not one of independent samples (diversity, InfoNCE): never split into micro-batches.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset()
-    filters: ClassVar[bool] = False
+    needs: frozenset[str] = frozenset()
+    filters: bool = False
     couples_batch: ClassVar[bool] = False
 
     def __init__(self, *, weight: float = 1.0, task_weights: Mapping[str, float] | None = None) -> None:

@@ -1,5 +1,4 @@
 from collections.abc import Mapping
-from typing import ClassVar
 
 import torch.nn.functional as F
 
@@ -17,8 +16,8 @@ class Supervised(Objective):
     Source: the supervised objective of SUPERMERGE, arXiv 2412.10416.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"labels"})
-    filters: ClassVar[bool] = True
+    needs = frozenset({"labels"})
+    filters = True
 
     def forward(self, out: TaskOutput, batch: Batch) -> Mapping[str, Term]:
         label_B = batch["label"]

@@ -2,5 +2,6 @@
 
 from adamerge.rules.base import MergeRule
 from adamerge.rules.coefficients import LayerWise, TaskWise
+from adamerge.rules.concrete import Concrete
 
-__all__ = ["LayerWise", "MergeRule", "TaskWise"]
+__all__ = ["Concrete", "LayerWise", "MergeRule", "TaskWise"]

@@ -1,7 +1,9 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from adamerge.deltas import Deltas
@@ -17,12 +19,14 @@ class MergeRule(Recorded, Learnable, ABC):
         vectors: Task vectors to merge; a rule takes sizes and names from them and keeps no reference.
 
     Attributes:
+        saved_as: The type that parameters are saved in, by the beginning of their names, where it is not their own.
         axes: For each parameter, which of its axes run over `task` or `group`; they are saved with the names, and
             loading aligns them by name.
     """
 
     given: ClassVar[int] = 1
-    axes: ClassVar[Mapping[str, tuple[str | None, ...]]] = {}
+    axes: Mapping[str, tuple[str | None, ...]] = MappingProxyType({})
+    saved_as: Mapping[str, torch.dtype] = MappingProxyType({})
 
     def __init__(self, vectors: TaskVectors) -> None:
         super().__init__()
@@ -38,6 +42,12 @@ class MergeRule(Recorded, Learnable, ABC):
     def coefficients(self) -> Tensor | None:
         """The coefficients [T, G] that the merge uses, for plots and tables. Default: None, the rule has no such."""
         return None
+
+    def draw_(self, seed: int | None) -> None:
+        """Draw what is random in the merge from now on, the same for the same seed; None: draw nothing. Default: as is.
+
+        A step under training draws, equal on all ranks; everything else that merges does not, and so can be repeated.
+        """
 
     def project_(self) -> None:
         """Bring the learnables back into their set, in place, after an optimiser step. Default: nothing."""

@@ -1,6 +1,7 @@
 import math
 from collections.abc import Callable, Mapping
-from typing import ClassVar, Literal, NamedTuple
+from types import MappingProxyType
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,13 @@ _ACTIVATIONS = {
 }
 
 
+_PENALTIES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "l1": lambda coef, start: coef.abs().mean(),
+    "l2": lambda coef, start: coef.square().mean(),
+    "distance": lambda coef, start: (coef - start).square().mean(),
+}
+
+
 class LayerWise(MergeRule):
     """One coefficient per task and tensor group: theta_0 + sum_t coef[t, g] * tau_t.
 
@@ -39,16 +47,19 @@ class LayerWise(MergeRule):
         activation: From the learnable to the coefficient. `none`; `clamp` to [0, 1], with zero gradient outside;
             `clamp_ste`, the same values with the gradient passed straight through; `sigmoid` (0, 1); `tanh` (-1, 1);
             `softmax` over tasks.
+        trainable: Learn the coefficients; False for fixed ones, under masks or task modules that learn.
+        penalties: Factors of what is added to the loss: `l1`, the mean |coefficient|; `l2`, the mean square;
+            `distance`, the mean squared distance from `init`.
 
     Raises:
-        InputError: `init` outside the activation's range, or naming other tasks than the vectors.
+        InputError: `init` outside the activation's range, or naming other tasks than the vectors; an unknown penalty.
 
     Source: AdaMerging, arXiv 2310.02575, layer-wise variant; `tanh` as in SUPERMERGE, arXiv 2412.10416. Deviation:
     groups can be coarser than one tensor; the paper's clamp is an option, since it stops learning where a coefficient
     has left [0, 1].
     """
 
-    axes: ClassVar[Mapping[str, tuple[str | None, ...]]] = {"raw_TG": ("task", "group")}
+    axes = MappingProxyType({"raw_TG": ("task", "group")})
 
     def __init__(
         self,
@@ -56,6 +67,8 @@ class LayerWise(MergeRule):
         *,
         init: float | Mapping[str, float] = 0.3,
         activation: Literal["none", "clamp", "clamp_ste", "sigmoid", "tanh", "softmax"] = "none",
+        trainable: bool = True,
+        penalties: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__(vectors)
         self._group_of = self._choose_groups(vectors)
@@ -68,7 +81,11 @@ class LayerWise(MergeRule):
                 f"`rule.init` is {init}; with `rule.activation: {activation}` it lies "
                 f"{'strictly between' if self._activation.open else 'between'} {low:g} and {high:g}."
             )
-        self.raw_TG = nn.Parameter(self._activation.inverse(init_T)[:, None].repeat(1, len(self.groups)))
+        raw_TG = self._activation.inverse(init_T)[:, None].repeat(1, len(self.groups))
+        self.raw_TG = nn.Parameter(raw_TG, requires_grad=trainable)
+        self._start_TG, self._penalties = self._activation.forward(raw_TG), dict(penalties or {})
+        if set(self._penalties) - set(_PENALTIES):
+            raise InputError(f"`rule.penalties` names {sorted(self._penalties)}; there are {', '.join(_PENALTIES)}.")
 
     def _choose_groups(self, vectors: TaskVectors) -> Mapping[str, int]:
         return vectors.space.group_of
@@ -81,7 +98,16 @@ class LayerWise(MergeRule):
         return self.coefficients().unbind(1)
 
     def merge(self, name: str, base: Tensor, deltas: Deltas, shared: tuple[Tensor, ...]) -> Tensor:
-        return deltas.combine(shared[self._group_of[name]], base)
+        return deltas.combine(self.of_tensor(name, shared), base)
+
+    def of_tensor(self, name: str, shared: tuple[Tensor, ...]) -> Tensor:
+        """One tensor's coefficients [T], from what `begin` gave."""
+        return shared[self._group_of[name]]
+
+    def penalty(self) -> Mapping[str, Tensor]:
+        coef_TG = self.coefficients()
+        start_TG = self._start_TG.to(coef_TG)
+        return {name: factor * _PENALTIES[name](coef_TG, start_TG) for name, factor in self._penalties.items()}
 
 
 class TaskWise(LayerWise):

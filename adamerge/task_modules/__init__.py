@@ -2,5 +2,7 @@
 
 from adamerge.task_modules.base import TaskModule
 from adamerge.task_modules.head import LinearHead, ZeroShotHead
+from adamerge.task_modules.surgery import Surgery
+from adamerge.task_modules.tint import Tint
 
-__all__ = ["LinearHead", "TaskModule", "ZeroShotHead"]
+__all__ = ["LinearHead", "Surgery", "TaskModule", "Tint", "ZeroShotHead"]

@@ -30,6 +30,11 @@ class TaskModule(Recorded, Learnable, ABC):
         super().__init__()
         self.task, self.classes = task.name, tuple(task.classes or ())
 
+    @property
+    def inside(self) -> bool:
+        """Whether `attach` changes the network, and so the features. Default: where it is overridden."""
+        return type(self).attach is not TaskModule.attach
+
     def attach(self, net: nn.Module) -> AbstractContextManager[None]:
         """Change the network itself for the length of a block that spans forward and backward. Default: nothing."""
         return nullcontext()

@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -48,6 +49,8 @@ class LinearHead(TaskModule):
 class ZeroShotHead(TaskModule):
     """Cosine similarity with the classes' text embeddings, frozen: features [B, D] -> logits [B, C].
 
+    Linear in the features' direction: `weight` [C, D] has the scale in it, as CLIP's heads are released.
+
     Args:
         task: The task.
         weight: Embeddings of the classes [C, D]; normalised here.
@@ -59,8 +62,8 @@ class ZeroShotHead(TaskModule):
 
     def __init__(self, task: TaskInfo, weight: Tensor, scale: float, bias: float = 0.0) -> None:
         super().__init__(task)
-        self.weight = nn.Parameter(F.normalize(weight.float(), dim=-1), requires_grad=False)
-        self.scale, self.bias = scale, bias
+        self.weight = nn.Parameter(scale * F.normalize(weight.float(), dim=-1), requires_grad=False)
+        self.bias = nn.Parameter(torch.full((len(weight),), float(bias)), requires_grad=False)
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.scale * F.normalize(features, dim=-1) @ self.weight.T + self.bias
+        return F.linear(F.normalize(features, dim=-1), self.weight, self.bias)
