@@ -20,6 +20,7 @@ from adamerge.recorded import foreign, revive
 from adamerge.types import InputError, raise_all, some
 
 FORMAT = 2
+_FREE = {"init", "penalties", "density", "temperature", "evaluation", "seed", "saved_as"}  # of a rule's options
 WEIGHTS, RECORD = "merge.safetensors", "merge.yaml"
 _NEEDED = {
     **dict.fromkeys(
@@ -113,6 +114,20 @@ def _not_alike(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) 
     for what in ("transforms", "space", "left_out"):
         if before[what] != now[what]:
             yield f"{folder} was learned with other `{what}`: {before[what]}; this run has {now[what]}."
+    if _meaning(before["rule"]) != _meaning(now["rule"]):
+        yield f"{folder} was learned with another `rule`: {before['rule']}; this run has {now['rule']}."
+    if before["task_modules"] != now["task_modules"][: len(before["task_modules"])]:
+        yield (
+            f"{folder} was learned with the `task_modules` {before['task_modules']}; this run has "
+            f"{now['task_modules']}. Name the same ones first, and further ones after them."
+        )
+
+
+def _meaning(rule: Any) -> Any:
+    """A rule's class and options without those that say where it starts, how it learns and how it is evaluated."""
+    if not isinstance(rule, dict):
+        return rule
+    return {key: _meaning(value) for key, value in rule.items() if key not in _FREE}
 
 
 def read_record(path: str | Path) -> tuple[Path, dict[str, Any]]:

@@ -147,12 +147,16 @@ def _checked(
     batch = to_device(backbone.example(live.bare_net(), _SAMPLES), device)
     chains = {task: live.chain(task) for task in live.tasks}
     theirs = MultiTaskModel(backbone, backbone.exported(folder), chains).to(device).eval()
-    own_chains = {task: [*copy.deepcopy(live.chain(task)[:-1]), head] for task, head in heads.items()}
-    own = MultiTaskModel(backbone, theirs.bare_net(), own_chains).to(device).eval() if heads else None
+    own_chains = {
+        task: [*copy.deepcopy(live.chain(task)[:-1]), head]
+        for task, head in heads.items()
+        if not any(part.changes_head for part in live.chain(task))
+    }
+    own = MultiTaskModel(backbone, theirs.bare_net(), own_chains).to(device).eval()
     worst = 0.0
     for task in live.tasks:
         expected = live(batch, task=task)
-        found = [theirs(batch, task=task), *([own(batch, task=task)] if own is not None else [])]
+        found = [theirs(batch, task=task), *([own(batch, task=task)] if task in own.tasks else [])]
         differences = [_difference(logits, expected[:, : logits.shape[1]]) for logits in found]
         if not all(difference <= limit for difference in differences):  # NaN is not
             raise InputError(
@@ -184,7 +188,7 @@ def _write_tasks(model: MergedModel, folder: Path, classes: Mapping[str, list[st
     kinds = dict.fromkeys(kind for each in tasks.values() for kind in each.get("task_modules", ()))
     if kinds:
         log.warning(
-            "Task modules do not fold into one dense model: %s stand beside it, in %s, and its own library answers "
+            "Task modules do not fold into one dense model: %s goes beside it, into %s, and its own library answers "
             "without them.",
             *(", ".join(kinds), MODULES),
         )

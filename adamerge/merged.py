@@ -287,12 +287,13 @@ class MergedModel(MultiTaskModel):
             # would find what the tensors share freed after the first.
             begun, tree = tree_flatten(self.rule.begin() if weights and self._held is None else None)
             shared = [_leaf(value) for value in begun]
-            made = self._held or self._weights(tree_unflatten(shared, tree)) if weights else {}
+            made = dict(self._held or self._weights(tree_unflatten(shared, tree))) if weights else {}
             entering = {name: _leaf(weight) for name, weight in made.items()} if self.apply_mode == "leaf" else made
 
             def pull(keep: bool) -> dict[str, Tensor]:
-                if self.apply_mode == "leaf":
-                    _pull_back(made.values(), entering.values(), keep=keep)
+                for name in list(made) if self.apply_mode == "leaf" else ():  # what a tensor held is freed with it
+                    root, leaf = (made[name], entering[name]) if keep else (made.pop(name), entering.pop(name))
+                    _pull_back([root], [leaf], keep=keep)
                 _pull_back(begun, shared, keep=keep)
                 found = {name: leaf.grad for name, leaf in leaves.items() if name in wanted}
                 for leaf in leaves.values():

@@ -73,7 +73,9 @@ class AdaMerge(pl.LightningModule):
         self._metric_tasks = tuple(num_classes or {})
         self._stack, self._seed, self._teachers, self._phase = ExitStack(), seed, teachers, phase
         self._fixed, self._served = ExitStack(), set[str]()  # merged once; tasks since the last optimiser step
+        self._before: dict[str, Tensor] = {}  # the learnables as they stood before the optimiser's step
         self.noise = seed
+        self._latest: dict[str, Tensor] = {}  # what was last said of each task
         self.block_names: Sequence[str] = teachers.blocks if teachers is not None and BLOCKS in self.needs else ()
         self.bad_step_T = torch.empty(0)  # per task, then for the gradient: the first step that was not finite, or -1
         raise_all(self._problems(), "the training set-up")
@@ -182,17 +184,23 @@ class AdaMerge(pl.LightningModule):
                 step.backward(penalty)
         return {name: penalty.detach() for name, penalty in penalties.items()}
 
+    def note(self, name: str, value: Tensor) -> None:
+        """A number beside the loss, logged with it when the step is reported."""
+        self._latest[name] = value
+
     def report(self, values: Mapping[str, Mapping[str, Tensor]], penalties: Mapping[str, Tensor]) -> Tensor:
-        """Log every term; return the total loss. Nothing here waits for the device."""
+        """Log every term where the loggers write; return the total loss. Nothing here waits for the device."""
         per_task = {task: torch.stack(list(terms.values())).sum() for task, terms in values.items()}
         total = torch.stack([*per_task.values(), *penalties.values()]).sum()
-        for place, task in enumerate(self.model.tasks):
-            if task in per_task:
-                self._watch(per_task[task][None], slice(place, place + 1))
+        served = [task for task in self.model.tasks if task in per_task]
+        runs = [served] if len(served) == len(self.model.tasks) else [[task] for task in served]
+        for run in runs:
+            first = self.model.tasks.index(run[0])
+            self._watch(torch.stack([per_task[task] for task in run]), slice(first, first + len(run)))
         named = {f"train/{task}/{name}": value for task, terms in values.items() for name, value in terms.items()}
-        self.log_dict(
-            {**named, **{f"train/penalty/{k}": v for k, v in penalties.items()}, "train/loss": total}, batch_size=1
-        )
+        self._latest |= {**named, **{f"train/penalty/{k}": v for k, v in penalties.items()}, "train/loss": total}
+        if self.trainer._logger_connector.should_update_logs or self.trainer.fast_dev_run:
+            self.log_dict(self._latest, batch_size=1)  # of tasks that other steps served too
         return total
 
     # --- a step that is not finite changes nothing, and ends the run at the next logging interval
@@ -202,17 +210,18 @@ class AdaMerge(pl.LightningModule):
         self.bad_step_T[where] = torch.where(bad, self.trainer.global_step, self.bad_step_T[where])
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        learnables = list(self.model.learnables().values())
-        before = [learnable.detach().clone() for learnable in learnables]
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         with torch.no_grad():
             good = (self.bad_step_T < 0).all()
-            for learnable, old in zip(learnables, before, strict=True):
-                learnable.copy_(torch.where(good, learnable, old))
+            for name, learnable in self.model.learnables().items():
+                learnable.copy_(torch.where(good, learnable, self._before.pop(name)))
             self.model.rule.project_()
+        optimizer.zero_grad()  # Lightning does so too, but only after the next forwards
         self._served.clear()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        if not self._before:  # after the backwards, which need the memory; an optimiser may call them several times
+            self._before = {name: p.detach().clone() for name, p in self.model.learnables().items()}
         for task in set(self.model.tasks) - self._served:  # momentum must not move what this step says nothing of
             for part in self.model.chain(task):
                 for parameter in part.parameters():
@@ -223,6 +232,8 @@ class AdaMerge(pl.LightningModule):
             torch.nan_to_num_(gradient, nan=0.0, posinf=0.0, neginf=0.0)  # the optimiser's own state stays finite
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.trainer.should_stop:  # asked for just now: the loggers write once more
+            self.log_dict(self._latest, batch_size=1)
         if self.trainer.fit_loop.epoch_loop.batch_progress.total.ready % max(1, self.trainer.log_every_n_steps) == 0:
             self.raise_if_not_finite()
 

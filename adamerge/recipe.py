@@ -1,5 +1,6 @@
 """What a merge is made from and learned with: the `model:` part of a configuration, and how it becomes a model."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -135,9 +136,9 @@ class Recipe(Recorded):
         self.init_from = init_from
         if train is not None and phases:
             raise InputError("`model.train` and `model.phases` exclude each other: say in each phase what it trains.")
-        wrong = [phase.share for phase in phases or () if not phase.share > 0]
+        wrong = [phase.share for phase in phases or () if not 0 < phase.share < math.inf]
         if wrong:
-            raise InputError(f"The `share` of a phase is {wrong[0]}; it is above 0.")
+            raise InputError(f"The `share` of a phase is {wrong[0]}; it is a number above 0.")
         self.phases = [self._whole(phase) for phase in phases or [Phase(train)]]
 
     def _whole(self, phase: Phase) -> Phase:
@@ -260,12 +261,12 @@ class Opened:
     @contextmanager
     def buffers_of(self, task: str | None) -> Iterator[None]:
         """An expert's own buffers (BatchNorm statistics) in the network for the length of the block; None for none."""
-        names = self.space.checkpoint_names() if task is not None else {}
-        held = {name: self.net.get_buffer(name).clone() for name in self.space.buffers if task is not None}
+        state: Mapping[str, Tensor] = self.experts[task] if task is not None else {}
+        keys = {name: next((k for k in self.space.names_of(name) if k in state), None) for name in _lasting(self.net)}
+        held = {name: self.net.get_buffer(name).clone() for name, key in keys.items() if key is not None}
         try:
             for name in held:
-                state = self.experts[str(task)]
-                self.net.get_buffer(name).copy_(state[next(key for key in names[name] if key in state)])
+                self.net.get_buffer(name).copy_(state[str(keys[name])])
             yield
         finally:
             for name, buffer in held.items():
@@ -330,17 +331,24 @@ class Opened:
         }
 
 
+def _lasting(net: nn.Module) -> list[str]:
+    """The names of the network's buffers that checkpoints hold."""
+    state = net.state_dict()
+    return [name for name, _ in net.named_buffers() if name in state]
+
+
 @torch.no_grad()
 def _fill(net: nn.Module, space: ParamSpace, base: State, experts: Mapping[str, State]) -> None:
     """Put the base's values into the network, buffers by their policy; what the base lacks and `skip` allows stays."""
     names = space.checkpoint_names()
-    for name, parameter in net.named_parameters():
-        key = next((key for key in names.get(name, [name]) if key in base), None)
+    skipped = [(name, net.get_buffer(name)) for name in _lasting(net) if name not in space.buffers]
+    for name, tensor in [*net.named_parameters(), *skipped]:
+        key = next((key for key in space.names_of(name) if key in base), None)
         if key is None:
             continue
-        if base[key].shape != parameter.shape:
-            raise InputError(f"The base's '{key}' is {list(base[key].shape)}, the network's {list(parameter.shape)}.")
-        parameter.copy_(base[key])
+        if base[key].shape != tensor.shape:
+            raise InputError(f"The base's '{key}' is {list(base[key].shape)}, the network's {list(tensor.shape)}.")
+        tensor.copy_(base[key])
     for name in space.buffers:
         buffer: Tensor = net.get_buffer(name)
         held = [state[next(key for key in names[name] if key in state)] for state in (base, *experts.values())]

@@ -107,11 +107,11 @@ class ParamSpace:
 
     def checkpoint_names(self) -> dict[str, list[str]]:
         """For each merged tensor and buffer the names a checkpoint may hold it under, the canonical one first."""
-        names = {name: [name] for name in (*self.shapes, *self.buffers)}
-        for alias, first in self.aliases.items():
-            if first in names:
-                names[first].append(alias)
-        return names
+        return {name: self.names_of(name) for name in (*self.shapes, *self.buffers)}
+
+    def names_of(self, name: str) -> list[str]:
+        """The names that a checkpoint may hold any tensor under, merged or not, the canonical one first."""
+        return [name, *(alias for alias, first in self.aliases.items() if first == name)]
 
     @property
     def num_elements(self) -> int:

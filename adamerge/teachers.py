@@ -60,17 +60,15 @@ class Teachers:
     def expert(self, task: str) -> Iterator[None]:
         """An expert's weights and buffers in the network for the length of the block, those that are not merged too."""
         model, space, state = self._model, self._opened.space, self._opened.experts[task]
-        names, net, device = space.checkpoint_names(), model.network, model.device
-        merged = {name: model.fitted(name, state[next(k for k in names[name] if k in state)]) for name in space.shapes}
-        sites = parameter_sites(net)  # those that are not merged; the others' places are empty
+        sites = parameter_sites(model.network)  # of what is not merged; the others' places are empty
+        keys = {name: next((k for k in space.names_of(name) if k in state), None) for name in (*space.shapes, *sites)}
+        merged = {name: model.fitted(name, state[str(keys[name])]) for name in space.shapes}
         rest = {
-            name: state[name].to(sites[name][0][0]._parameters[sites[name][0][1]]) for name in sites if name in state
+            name: state[key].to(getattr(*places[0]))
+            for name, places in sites.items()
+            if (key := keys[name]) is not None
         }
-        with (
-            self._opened.buffers_of(task),
-            swapped(sites, {n: t.to(device) for n, t in rest.items()}),
-            model.placed(merged),
-        ):
+        with self._opened.buffers_of(task), swapped(sites, rest), model.placed(merged):
             yield
 
     @torch.no_grad()
@@ -137,25 +135,25 @@ class Keeper:
         self._data, self._device, self._token, self._precision = data, device, token, precision
         self._context, self._convert = context, convert
         self._own: list[Path] = []
+        self._taken: dict[str, int] = {}  # bytes by key
 
     def experts(self, teachers: Teachers, wanted: Collection[str]) -> dict[str, Known]:
         """What the experts say of all samples of the tasks whose data can be kept."""
         model, opened = teachers._model, teachers._opened
         found: dict[str, Known] = {}
-        room = 1e9 * self._data.cache_limit
         for task in self._repeatable():
+            sources = [state.sha256() for state in (opened.experts[task], opened.base)]  # it has what the expert lacks
+            key = _digest(
+                self._data_key(task), sources, spec(model.backbone, strict=False), sorted(wanted),
+                [(n, _bytes(t)) for n, t in teachers._heads[task].state_dict().items()], list(teachers.blocks),
+                opened.space.skip, self._precision,
+            )  # fmt: skip
             widths = {FEATURES: opened.width, LOGITS: len(opened.classes[task]), BLOCKS: sum(opened.blocks.values())}
-            room -= 4 * len(self._samples(task)) * sum(widths[name] for name in wanted)
-            if room < 0:
+            if not self._fits({key: 4 * len(self._samples(task)) * sum(widths[name] for name in wanted)}):
                 log.info(
                     "What experts say does not fit into `data.cache_limit` from %s on: computed at every step.", task
                 )
                 break
-            key = _digest(
-                self._data_key(task), opened.experts[task].sha256(), spec(model.backbone, strict=False), sorted(wanted),
-                [(n, _bytes(t)) for n, t in teachers._heads[task].state_dict().items()], list(teachers.blocks),
-                opened.space.skip, self._precision,
-            )  # fmt: skip
             if self._lasts(task):
                 teachers.keys[task] = key
             found[task] = self._kept(
@@ -167,21 +165,38 @@ class Keeper:
             )
         return found
 
-    def merged(self, model: MergedModel) -> dict[str, Known]:
-        """The merged features of all samples of the tasks whose data can be kept, with the model as it stands."""
+    def merged(self, teachers: Teachers) -> dict[str, Known]:
+        """The merged features of all samples, with the model as it stands; nothing if some cannot be kept."""
+        model, tasks, width = teachers._model, self._repeatable(), teachers._opened.width
         learned = {name: _bytes(tensor) for name, tensor in state_of(model).items() if name.startswith("rule.")}
-        found: dict[str, Known] = {}
-        for task in self._repeatable():
-            key = _digest(self._token, self._data_key(task), spec(model.rule, strict=False), learned)
-            found[task] = self._kept(
+        keys = {
+            task: _digest(self._token, self._data_key(task), spec(model.rule, strict=False), learned) for task in tasks
+        }
+        if len(tasks) < len(model.tasks):
+            return {}
+        if not self._fits({keys[task]: 4 * len(self._samples(task)) * width for task in tasks}):
+            log.info("Merged features do not fit into `data.cache_limit`: computed at every step.")
+            return {}
+        return {
+            task: self._kept(
                 "merged", task, key, lambda batch: {KEPT: model.features(batch).float()}, model.applied(), lasting=False
             )
-        return found
+            for task, key in keys.items()
+        }
 
     def close(self) -> None:
         """Remove what no other run can find."""
         for folder in self._own:
             rmtree(folder, ignore_errors=True)
+            Path(f"{folder}.lock").unlink(missing_ok=True)
+
+    def _fits(self, sizes: Mapping[str, int]) -> bool:
+        """Take room for so many bytes under these keys, if there is as much left in the whole run."""
+        taken = {**self._taken, **sizes}
+        if sum(taken.values()) > 1e9 * self._data.cache_limit:
+            return False
+        self._taken = taken
+        return True
 
     def _repeatable(self) -> list[str]:
         return [task for task, data in self._data.tasks.items() if data.repeatable]
@@ -231,9 +246,10 @@ class Keeper:
                             parts.setdefault(piece, []).append(tensor.float().cpu())
             save_file({name: torch.cat(tensors) for name, tensors in parts.items()}, folder / "kept.safetensors")
 
-        folder = built_once(cache_dir() / kind / key, build)
+        folder = cache_dir() / kind / key
         if not (lasting and self._lasts(task)):
             self._own.append(folder)
+        built_once(folder, build)
         with safe_open(folder / "kept.safetensors", framework="pt") as file:
             tables = {name: file.get_tensor(name) for name in file.keys()}
         blocks = [tables.pop(f"{BLOCKS}.{place}") for place in range(sum(n.startswith(BLOCKS) for n in tables))]

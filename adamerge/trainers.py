@@ -57,7 +57,7 @@ def make_trainer(job: Job) -> pl.Trainer:
     Raises:
         InputError: Options that Lightning or merging cannot work with.
     """
-    options = {**TRAINER_DEFAULTS, **job.trainer}
+    options = {key: _counted(value) for key, value in {**TRAINER_DEFAULTS, **job.trainer}.items()}
     show = options.pop("enable_progress_bar", None)
     bar = Console().is_terminal if show is None else show
     given = (
@@ -85,6 +85,11 @@ def make_trainer(job: Job) -> pl.Trainer:
     if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
         raise InputError(f"`trainer.strategy` {type(trainer.strategy).__name__} is not supported; use auto or ddp.")
     return trainer
+
+
+def _counted(value: Any) -> Any:
+    """A number of batches that the parser took for a share, which depends on what was imported first."""
+    return int(value) if isinstance(value, float) and value > 1 and value.is_integer() else value
 
 
 def eval_limit(trainer: pl.Trainer, num_batches: int) -> int:

@@ -4,7 +4,7 @@ import logging
 import resource
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -34,7 +34,7 @@ from adamerge.teachers import EXPERT, Keeper, Teachers
 from adamerge.terminal import progress_console
 from adamerge.tracking import tracked
 from adamerge.trainers import add_to_run, eval_limit, fit, make_trainer, read_checkpoint, terse_lightning
-from adamerge.types import KEPT, InputError
+from adamerge.types import InputError
 
 log = logging.getLogger("adamerge")
 
@@ -115,7 +115,7 @@ def _execute(job: Job) -> Run:
     raw = opened.load_vectors()
     model = trainer.precision_plugin.convert_module(opened.merged(raw)).to(device)
     teachers = Teachers(opened, model)
-    stages = _stages(job, model, teachers, trainer.max_steps)
+    stages = _stages(job, model, teachers, trainer.max_steps, held)
     if any("labels" in stage.module.needs for stage in stages):
         job.data.check_labels()
     record = {**once(trainer, lambda: opened.record(model)), **about(job)}
@@ -153,7 +153,7 @@ def _execute(job: Job) -> Run:
     add_to_run(trainer, job, folder, lambda: save(scores, finished=False))
     with tracked(trainer, folder, model.rule, scores, plot_every=job.run.plot_every, checkpoint=checkpoint):
         start = time.perf_counter()
-        _train(job, trainer, model, stages, teachers, checkpoint, held)
+        _train(job, trainer, model, stages, teachers, checkpoint, held, lambda: save(scores, finished=False))
         cost |= {"seconds": round(time.perf_counter() - start, 3), "peak_memory": _peak_memory(device)}
         artifact.round_as_saved(model)
         once(trainer, lambda: save(scores))
@@ -171,9 +171,14 @@ class _Stage(NamedTuple):
     end: int  # the optimiser step that it ends at; -1 where the trainer's other limits end it
 
 
-def _stages(job: Job, model: MergedModel, teachers: Teachers, max_steps: int) -> list[_Stage]:
+def _stages(job: Job, model: MergedModel, teachers: Teachers, max_steps: int, held: Mapping[str, Any]) -> list[_Stage]:
     """The recipe's phases, each with its module; all of them are checked before the first is trained."""
     phases = job.recipe.phases
+    if held and held["adamerge"]["phase"] >= len(phases):
+        raise InputError(
+            f"`ckpt_path` was made in phase {held['adamerge']['phase'] + 1}; this run has {len(phases)} in all. Resume "
+            "with the same `model.phases`."
+        )
     if len(phases) > 1 and max_steps < 1:
         raise InputError("`model.phases` share `trainer.max_steps` among them; give it a number.")
     shares = list(accumulate(phase.share for phase in phases))
@@ -193,6 +198,7 @@ def _stages(job: Job, model: MergedModel, teachers: Teachers, max_steps: int) ->
             phase=number,
         )
         stages.append(_Stage(module, phase.train, end))
+    train_only(model, None)
     return stages
 
 
@@ -204,13 +210,12 @@ def _train(
     teachers: Teachers,
     checkpoint: str | None,
     held: Mapping[str, Any],
+    save: Callable[[], None],
 ) -> None:
-    """One phase after the other, from the one that the checkpoint was made in."""
+    """One phase after the other, from the one that the checkpoint was made in; the merge is saved between them."""
     first = held["adamerge"]["phase"] if held else 0
-    if first >= len(stages):
-        raise InputError(
-            f"`ckpt_path` was made in phase {first + 1}; this run has {len(stages)}. Resume with the same."
-        )
+    if trainer.fast_dev_run:
+        trainer.fit_loop.max_epochs = -1  # its one epoch would end with the first phase
     plugin, device = trainer.precision_plugin, trainer.strategy.root_device
     token = once(trainer, lambda: uuid.uuid4().hex)
     keeper = Keeper(job.data, device, token, str(trainer.precision), plugin.forward_context, plugin.convert_input)
@@ -224,6 +229,8 @@ def _train(
             train_only(model.to(device), stage.train)
             _prepare(job, stage.module, keeper, teachers)
             fit(trainer, stage.module, job.data, resumed)
+            if stage is not stages[-1]:
+                once(trainer, save)
     finally:
         keeper.close()
 
@@ -235,10 +242,12 @@ def _prepare(job: Job, module: AdaMerge, keeper: Keeper, teachers: Teachers) -> 
     data.slot = partial(module.loop.slot, tasks=model.tasks, seed=job.seed_everything)
     known: dict[str, dict[str, Any]] = keeper.experts(teachers, wanted) if wanted else {}
     inside = any(part.inside for task in model.tasks for part in model.chain(task))
-    if model.is_fixed and not inside and not module.block_names:
-        for task, merged in keeper.merged(model).items():
-            if wanted <= set(known.get(task, {})):
-                known.setdefault(task, {})[KEPT] = merged[KEPT]
+    whole = all(wanted <= set(known.get(task, {})) for task in model.tasks)
+    if model.is_fixed and not inside and not module.block_names and whole:
+        for task, merged in keeper.merged(teachers).items():
+            known.setdefault(task, {}).update(merged)
+    # objectives of others may look at the samples, which every batch is said to hold
+    data.inputs = any(not type(objective).__module__.startswith("adamerge.") for objective in module.objectives)
     data.tables = known
 
 

@@ -1,7 +1,11 @@
 """Every shipped configuration runs, a preset does what it promises, and a name finds the same file everywhere."""
 
 import csv
+import json
 import re
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -11,7 +15,9 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from PIL import Image as Picture
 
 import adamerge
+from adamerge.artifact import read_record
 from adamerge.config import SHIPPED, find_config, job_from_arguments, parse, shipped_configs
+from adamerge.learnables import learnables_of
 from adamerge.types import InputError
 from tests.clips import write_clip
 
@@ -20,7 +26,8 @@ CONFIGS = ROOT / "configs"
 SWEEPS = {CONFIGS / "sweep.yaml"}  # for `wandb sweep`; see tests/test_tracking.py
 FILES = sorted({*CONFIGS.rglob("*.yaml")} - SWEEPS)
 HUB = [path for path in FILES if path.name.startswith("vit_")]
-PAPER = [path for path in FILES if re.search(r"_(task|layer)_wise", path.name)]
+PAPER = [path for path in FILES if re.fullmatch(r"(zoo|vit_b32)_(task|layer)_wise(_pp)?", path.stem)]
+RECIPES = [path for path in FILES if path.name.startswith("zoo_")]
 SHORT = {"trainer.max_steps": 2, "run.baselines": False}
 
 
@@ -39,8 +46,17 @@ def run(path, folder, **overrides):
     return adamerge.train(stack(path), **{**SHORT, "run.root": str(folder), **overrides})
 
 
+START = {"raw_TG": 0.3, "logits": 0.0, "up": 0.0, "offset": 0.0}
+
+
 def moved(run):
-    return all(bool((parameter != 0.3).any()) for parameter in run.learned.learnables().values())
+    """Of each kind of learnable at least one is not where it started."""
+    kinds = {}
+    for name, learned in learnables_of(run.learned).items():
+        kind = next((kind for kind in START if re.search(rf"\.{kind}\b|\.{kind}_", name)), None)
+        if kind is not None:
+            kinds.setdefault(kind, []).append(bool((learned.parameter != START[kind]).any()))
+    return bool(kinds) and all(map(any, kinds.values()))
 
 
 def losses(run):
@@ -48,11 +64,55 @@ def losses(run):
     return [float(row["train/loss"]) for row in rows if row["train/loss"]]
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if p not in HUB], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [p for p in FILES if p not in (*HUB, *RECIPES)], ids=lambda path: path.stem)
 def test_configuration_runs(path, tmp_path):
     done = run(path, tmp_path, **{"data.eval_batch_size": 20, "trainer.limit_val_batches": 1})
     assert done.dir.parent.name == stack(path)[-1].stem
     assert moved(done)
+
+
+# --- the recipes of the zoo
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Every recipe of the zoo, trained for two steps; by name."""
+    home = tmp_path_factory.mktemp("recipes")
+    few = {"data.eval_batch_size": 50, "trainer.limit_val_batches": 2}
+    return {path.stem: run(path, home, **few) for path in RECIPES}
+
+
+@pytest.mark.parametrize("name", [path.stem for path in RECIPES])
+def test_a_recipe_learns_every_part_and_exports_to_the_same_outputs(name, trained, tmp_path):
+    done = trained[name]
+    _, record = read_record(done.dir)
+    assert done.dir.parent.name == name
+    assert moved(done)
+    assert record["folds"] == (not record["task_modules"])
+    exported = adamerge.export(done.dir, tmp_path / "merged")  # compares the logits, task modules included
+    assert exported.difference <= 1e-5
+    assert (tmp_path / "merged" / "task_modules.safetensors").exists() == (not record["folds"])
+
+
+def test_a_fresh_process_scores_all_recipes_as_their_runs_did(trained):
+    code = """
+        import json, sys, torch, adamerge
+        from adamerge.config import data_of
+        from adamerge.evaluation import evaluate
+        from itertools import islice
+        from pathlib import Path
+        found = {}
+        for name, run in json.loads(sys.argv[1]).items():
+            merge, data = adamerge.load(run), data_of(Path(run) / "config.yaml")
+            data.prepare = merge.backbone.prepare
+            batches = {task: islice(loader, 2) for task, loader in data.eval_loaders().items()}
+            found[name] = evaluate(merge, batches, data.num_classes, torch.device("cpu"))
+        print(json.dumps(found))
+    """
+    runs = json.dumps({name: str(done.dir) for name, done in trained.items()})
+    fresh = [sys.executable, "-c", textwrap.dedent(code), runs]
+    found = json.loads(subprocess.run(fresh, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    assert found == {name: done.scores["this merge"] for name, done in trained.items()}
 
 
 # --- the recipes of the papers
@@ -64,7 +124,8 @@ def test_a_recipe_holds_the_papers_numbers(path):
     found = yaml.safe_load(job.config)
     method = found["model"]["rule"]
     assert method["class_path"] == f"adamerge.rules.{'TaskWise' if '_task_wise' in path.stem else 'LayerWise'}"
-    assert method["init_args"] == {"init": 0.3, "activation": "clamp"}
+    assert method["init_args"] == {"init": 0.3, "activation": "clamp", "trainable": True, "penalties": None}
+    assert [each["class_path"] for each in found["model"]["objectives"] or ()] in ([], ["adamerge.objectives.Entropy"])
     transforms = [each["class_path"].rpartition(".")[2] for each in found["model"]["transforms"] or ()]
     assert transforms == (["Trim", "ElectSign"] if path.stem.endswith("_pp") else [])
     assert all(each.get("init_args") in (None, {"keep": 0.2}) for each in found["model"]["transforms"] or ())

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 
 import adamerge
-from adamerge import progress, training
+from adamerge import progress, trainers
 from adamerge.progress import Display, Progress
 from tests.tiny import TASKS
 
@@ -116,7 +116,7 @@ def watched(monkeypatch):
             super().__init__(console=console)
             made.append(self)
 
-    monkeypatch.setattr(training, "Progress", Recorded)
+    monkeypatch.setattr(trainers, "Progress", Recorded)
     return console, made
 
 
@@ -187,7 +187,7 @@ def test_a_failing_run_gives_the_terminal_back(config, watched, monkeypatch):
 
 
 def test_other_ranks_draw_nothing(config, watched):
-    bar = training.Progress()
+    bar = trainers.Progress()
     bar.setup(type("Trainer", (), {"is_global_zero": False}), None, "fit")
     bar.on_train_start(None, None)
     bar.on_train_batch_end(None, None, None, {}, 0)

@@ -52,6 +52,7 @@ class StepStream(Dataset[Mapping[str, Batch]]):
         rank: This rank.
         world_size: W.
         labels: Keep the entry "label".
+        inputs: Read the samples also where merged features stand in their place.
         slot: From an optimiser step to the step whose batches it takes, and the tasks it takes them of; by default its
             own, of all tasks.
         tables: Per task what is known of all its samples beforehand, [N, …] or a list of such, by the name of an entry;
@@ -67,12 +68,13 @@ class StepStream(Dataset[Mapping[str, Batch]]):
         rank: int = 0,
         world_size: int = 1,
         labels: bool = False,
+        inputs: bool = False,
         slot: Slot | None = None,
         tables: Tables | None = None,
     ) -> None:
         self._splits, self._batch_size, self._seed = dict(splits), batch_size, seed
         self._rank, self._world_size, self._labels = rank, world_size, labels
-        self._slot, self._tables = slot, tables or {}
+        self._inputs, self._slot, self._tables = inputs, slot, tables or {}
         self._permutation = lru_cache(maxsize=2 * len(self._splits))(self._draw)
 
     def __getitem__(self, k: int) -> Mapping[str, Batch]:
@@ -82,7 +84,7 @@ class StepStream(Dataset[Mapping[str, Batch]]):
 
     def _batch(self, task: str, positions: range) -> Batch:
         table = self._tables.get(task, {})
-        read = self._labels or KEPT not in table
+        read = self._labels or self._inputs or KEPT not in table
         batch = default_collate([self._sample(task, position) for position in positions]) if read else {}
         if not table:
             return batch

@@ -24,7 +24,8 @@ class UnlabeledTasks(Recorded, pl.LightningDataModule):
         eval_batch_size: Samples per forward in evaluation.
         num_workers: Processes that prepare batches; each prepares whole steps.
         cache_limit: Memory for decoded samples, in GB on each rank; a split that does not fit is decoded every time.
-            Also the disk space for what experts say of the samples; what does not fit is computed every time.
+            Also the disk space for what experts and a fixed merge say of the samples; what does not fit is computed
+            every time.
         seed: Seeds the order of the samples and any randomness in them; by default the run's seed.
 
     Raises:
@@ -55,6 +56,7 @@ class UnlabeledTasks(Recorded, pl.LightningDataModule):
         self.cache_limit = cache_limit
         self.labels = False  # set by the run when an objective needs labels
         self.slot: Slot | None = None  # set by the run: which tasks a step serves
+        self.inputs = False  # set by the run when the samples themselves are wanted beside what `tables` says of them
         self.tables: Tables = {}  # set by the run: what is known of the samples of `split` beforehand
         self.prepare: Prepare | None = None  # set by the run: how the backbone takes a raw sample
         self._splits: dict[str, dict[str, Dataset[Any]]] = {}
@@ -72,7 +74,8 @@ class UnlabeledTasks(Recorded, pl.LightningDataModule):
         Raises:
             InputError: Samples to adapt on have no labels.
         """
-        bare = [task for task, batch in self.stream()[0].items() if int(batch["label"].max()) < 0]
+        stream = StepStream(self.datasets(self.split), batch_size=self.batch_size, seed=self.seed or 0, labels=True)
+        bare = [task for task, batch in stream[0].items() if "label" not in batch or int(batch["label"].max()) < 0]
         if bare:
             raise InputError(
                 f"An objective needs labels, but the split '{self.split}' of {', '.join(bare)} has none; adapt on "
@@ -124,6 +127,7 @@ class UnlabeledTasks(Recorded, pl.LightningDataModule):
             rank=rank,
             world_size=world_size,
             labels=self.labels,
+            inputs=self.inputs,
             slot=self.slot,
             tables=self.tables,
         )

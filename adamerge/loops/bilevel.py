@@ -82,6 +82,12 @@ class Bilevel(Joint):
                 f"`loop.inner` matches {', '.join(both[:3])}, which the optimiser trains as well; leave the inner "
                 "learnables out of `train`, and train them in a later phase."
             )
+        shared = [name for name in inner if name.startswith("rule.")]
+        if shared and module.model.is_fixed:
+            yield (
+                f"`loop.inner` matches {', '.join(shared[:3])}, but no other learnable of the rule is trained, and so "
+                "the weights are merged once for all steps; train some of the rule, or take it out of `loop.inner`."
+            )
         optimizer = self._make_optimizer([torch.zeros(1, requires_grad=True)])
         if self._second_order and not isinstance(optimizer, torch.optim.SGD):
             yield (
@@ -90,6 +96,12 @@ class Bilevel(Joint):
             )
         if self._second_order and self._concatenates(module):
             yield "`loop.second_order` goes task by task: set `loop.order` to per_task and `apply_mode` to leaf."
+        coupled = [type(objective).__name__ for objective in module.objectives if objective.couples_batch]
+        if self._second_order and coupled and world_size() > 1:
+            yield (
+                f"`loop.second_order` cannot differentiate {', '.join(coupled)} twice over several ranks; leave one of "
+                "them out, or set `trainer.devices` to 1."
+            )
 
     def step(self, module: "AdaMerge", batches: Mapping[str, Batch]) -> Tensor:
         small = [task for task, batch in batches.items() if batch_size(batch) < 2]
@@ -117,7 +129,9 @@ class Bilevel(Joint):
         with module.step(batches, of=inner) as step:
             for _ in self.passes(module, step, tally, batches):
                 pass
-        module.log("train/inner_loss", torch.stack([v for t in tally.values().values() for v in t.values()]).sum())
+            penalties = module.penalize(step)
+        losses = [value for terms in tally.values().values() for value in terms.values()]
+        module.note("train/inner_loss", torch.stack([*losses, *penalties.values()]).sum())
         return {name: _averaged(gradient) for name, gradient in step.gradients.items()}
 
     def _stepped(self, inner: Mapping[str, nn.Parameter], gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -130,7 +144,11 @@ class Bilevel(Joint):
 
     @property
     def _rate(self) -> float:
-        return float(self._make_optimizer([torch.zeros(1, requires_grad=True)]).defaults["lr"])
+        """How far a fresh step goes against a slope of one, which `nesterov` and `maximize` change too."""
+        probe = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+        probe.grad = torch.ones_like(probe)
+        self._make_optimizer([probe]).step()
+        return -probe.item()
 
     def _through(
         self,

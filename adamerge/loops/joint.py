@@ -75,8 +75,8 @@ class Joint(Loop):
                     apart.append(step.taken())
             penalties = module.penalize(step)
         if apart:
-            found = _combined(apart)
-            step.gradients = {name: gradient + found[name] for name, gradient in step.gradients.items()}
+            for name, gradient in _combined(apart).items():
+                step.gradients[name] += gradient
         return step.scalar(module.report(tally.values(), penalties))
 
     def passes(self, module: "AdaMerge", step: Step, tally: Tally, batches: Mapping[str, Batch]) -> Iterator[None]:
@@ -123,15 +123,21 @@ def part_of(batch: Batch, part: slice) -> Batch:
     return {key: of(value) for key, value in batch.items()}
 
 
-def _combined(apart: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The min-norm combination of the tasks' gradients of the rule, equal on all ranks; the sum of all others."""
+def _combined(apart: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The min-norm combination of the tasks' gradients of the rule, equal on all ranks; the sum of all others.
+
+    The gradients are taken over, one after the other.
+    """
     shared = [name for name in apart[0] if name.startswith("rule.")]
     for gradients in apart:
         for name in shared:
             sum_over_ranks(gradients[name]).div_(world_size())
     weights = min_norm_weights(gram([[gradients[name] for name in shared] for gradients in apart])).unbind()
-    found = {name: torch.stack([gradients[name] for gradients in apart]) for name in apart[0] if name not in shared}
-    return {name: stacked.sum(0) for name, stacked in found.items()} | {
-        name: torch.stack([weight * gradients[name] for weight, gradients in zip(weights, apart, strict=True)]).sum(0)
-        for name in shared
-    }
+    for weight, gradients in zip(weights, apart, strict=True):
+        for name in shared:
+            gradients[name] *= weight
+    total = apart[0]
+    for gradients in apart[1:]:
+        for name in total:
+            total[name] += gradients.pop(name)
+    return total

@@ -16,7 +16,7 @@ def min_norm_weights(gram_TT: Tensor) -> Tensor:
     weight_T = torch.full_like(gram_TT[0], 1 / len(gram_TT))
     for _ in range(_STEPS):
         slope_T = gram_TT @ weight_T
-        corner_T = torch.nn.functional.one_hot(slope_T.argmin(), len(slope_T)).to(gram_TT)
+        corner_T = torch.zeros_like(slope_T).scatter(0, slope_T.argmin(0, keepdim=True), 1.0)
         towards_T = corner_T - weight_T
         curvature = towards_T @ gram_TT @ towards_T
         size = (-(towards_T @ slope_T) / curvature.clamp(min=torch.finfo(gram_TT.dtype).tiny)).clamp(0, 1)
@@ -26,5 +26,5 @@ def min_norm_weights(gram_TT: Tensor) -> Tensor:
 
 def gram(gradients: Sequence[Sequence[Tensor]]) -> Tensor:
     """The products of T gradients of several tensors, [T, T]."""
-    flat_TN = [torch.stack([tensor.reshape(-1) for tensor in tensors]) for tensors in zip(*gradients, strict=True)]
+    flat_TN = (torch.stack([tensor.reshape(-1) for tensor in tensors]) for tensors in zip(*gradients, strict=True))
     return torch.stack([g_TN @ g_TN.T for g_TN in flat_TN]).sum(0)

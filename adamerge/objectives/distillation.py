@@ -70,8 +70,9 @@ class FeatureDistillation(Objective):
         weight: Factor of the term.
         task_weights: Further factors per task.
 
-    Source: `l1` on features is Representation Surgery, arXiv 2402.02705, with `normalize` as FusionBench computes it;
-    SurgeryV2, arXiv 2410.14389, adds one on blocks, where its code too compares means over tokens.
+    Source: `l1` on features is Representation Surgery, arXiv 2402.02705; SurgeryV2, arXiv 2410.14389, adds one on
+    blocks, where its code too compares means over tokens. `normalize` follows FusionBench. Deviation: there the merged
+    features are normalised before the adapter alone, here also after it.
     """
 
     def __init__(

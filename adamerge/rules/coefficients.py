@@ -83,7 +83,7 @@ class LayerWise(MergeRule):
             )
         raw_TG = self._activation.inverse(init_T)[:, None].repeat(1, len(self.groups))
         self.raw_TG = nn.Parameter(raw_TG, requires_grad=trainable)
-        self._start_TG, self._penalties = self._activation.forward(raw_TG), dict(penalties or {})
+        self._start_TG, self._penalties = self._activation.forward(raw_TG.clone()), dict(penalties or {})
         if set(self._penalties) - set(_PENALTIES):
             raise InputError(f"`rule.penalties` names {sorted(self._penalties)}; there are {', '.join(_PENALTIES)}.")
 

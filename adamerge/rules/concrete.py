@@ -13,6 +13,7 @@ from adamerge.task_vectors import TaskVectors
 from adamerge.types import InputError
 
 _SMALLEST = 2.0**-25  # below the smallest step of fp32 noise, so that its logit is finite
+_LEAST = 2.0**-60  # of a mask's mean: the gradient divides by its square, which fp32 still holds
 
 
 class Concrete(MergeRule):
@@ -27,7 +28,7 @@ class Concrete(MergeRule):
         rule: Makes the rule whose coefficients stand before the task vectors: `LayerWise` or `TaskWise`, learned along
             or fixed by their `trainable`.
         temperature: Of the relaxed draw, above 0; the smaller, the closer to zeros and ones.
-        init: Initial logit; 0 for a density of one half.
+        logit: Initial logit; 0 for a density of one half. Not `init`, which a file stacked below sets for another rule.
         evaluation: The mask outside of training: `expected`, sigmoid(logits); `threshold`, 1 where the logit is at
             least 0; `sampled`, one binary draw.
         seed: Of that draw.
@@ -48,7 +49,7 @@ class Concrete(MergeRule):
         *,
         rule: Callable[[TaskVectors], LayerWise] = TaskWise,
         temperature: float = 0.5,
-        init: float = 0.0,
+        logit: float = 0.0,
         evaluation: Literal["expected", "threshold", "sampled"] = "expected",
         seed: int = 0,
         density: float = 0.0,
@@ -65,7 +66,7 @@ class Concrete(MergeRule):
         self.groups = self.inner.groups
         self.axes = MappingProxyType({f"inner.{name}": axes for name, axes in self.inner.axes.items()})
         self.logits = nn.ParameterDict(
-            {_key(name): torch.full(shape, float(init)) for name, shape in vectors.space.shapes.items()}
+            {_key(name): torch.full(shape, float(logit)) for name, shape in vectors.space.shapes.items()}
         )
         self._temperature, self._evaluation, self._seed, self._density = temperature, evaluation, seed, density
         self._drawn: int | None = None
@@ -80,9 +81,9 @@ class Concrete(MergeRule):
 
     def merge(self, name: str, base: Tensor, deltas: Deltas, shared: tuple[Tensor, ...]) -> Tensor:
         mask = self.mask(name)
-        mean = mask.mean().clamp(min=torch.finfo(mask.dtype).tiny)  # an empty mask gives the base
+        mean = mask.mean().clamp(min=_LEAST)  # an empty mask gives the base
         delta = deltas.combine(self.inner.of_tensor(name, shared).to(mask) / mean)
-        return torch.addcmul(base.to(mask), mask, delta.to(mask))
+        return (mask * delta.to(mask)).add_(base.to(mask))  # less memory in backward than torch.addcmul
 
     def mask(self, name: str) -> Tensor:
         """One tensor's mask as it stands, [*S] in [0, 1], before it is divided by its mean."""

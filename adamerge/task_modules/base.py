@@ -35,6 +35,11 @@ class TaskModule(Recorded, Learnable, ABC):
         """Whether `attach` changes the network, and so the features. Default: where it is overridden."""
         return type(self).attach is not TaskModule.attach
 
+    @property
+    def changes_head(self) -> bool:
+        """Whether the task's head gives other logits than it was made for. Default: no."""
+        return False
+
     def attach(self, net: nn.Module) -> AbstractContextManager[None]:
         """Change the network itself for the length of a block that spans forward and backward. Default: nothing."""
         return nullcontext()

@@ -44,6 +44,10 @@ class Tint(TaskModule):
     def inside(self) -> bool:
         return not self._head
 
+    @property
+    def changes_head(self) -> bool:
+        return bool(self._head)
+
     @contextmanager
     def attach(self, net: nn.Module) -> Iterator[None]:
         root, layer = (self._head[0], self._head[0]) if self._head else (net, net.get_submodule(self._layer))

@@ -1,27 +1,33 @@
-"""Layer-wise AdaMerging, transcribed from its formulas in plain PyTorch without anything of adamerge.
+"""AdaMerging, transcribed from its formulas in plain PyTorch without anything of adamerge.
 
 theta^l = theta_0^l + sum_k lambda_k^l tau_k^l; minimise the mean entropy, summed over tasks; Adam 1e-3, start 0.3.
 """
 
 import csv
+from functools import partial
 
+import pytest
 import torch
 from torch.func import functional_call
 
+from adamerge.rules import LayerWise, TaskWise
 from tests import tiny
+from tests.parity.common import START, assert_same, inputs_of, pool_of, steps_of, trained
 
 
-def transcription(base, experts, heads, net, batches, *, clamp):
+def transcription(base, experts, heads, net, batches, *, clamp, task_wise=False, start=None):
     """Coefficients {tensor: [K]} and losses after one Adam step per batch."""
     tasks = list(experts)
-    lambdas = {name: torch.full((len(tasks),), 0.3, requires_grad=True) for name in base}
-    optimizer = torch.optim.Adam(lambdas.values(), lr=1e-3)
+    start = torch.full((len(tasks),), 0.3) if start is None else start
+    shared = start.clone().requires_grad_()
+    lambdas = {name: shared if task_wise else start.clone().requires_grad_() for name in base}
+    optimizer = torch.optim.Adam(set(lambdas.values()), lr=1e-3)
     losses = []
     for step in batches:
         weights = {}
-        for name, start in base.items():
+        for name, origin in base.items():
             factor = lambdas[name].clamp(0, 1) if clamp else lambdas[name]
-            weights[name] = start + sum(factor[k] * (experts[task][name] - start) for k, task in enumerate(tasks))
+            weights[name] = origin + sum(factor[k] * (experts[task][name] - origin) for k, task in enumerate(tasks))
         loss = 0
         for task in tasks:
             weight, bias = heads[task]
@@ -63,3 +69,21 @@ def test_twenty_steps_give_the_same_coefficients_and_losses(config):
 
 def test_with_the_papers_clamp_too(config):
     assert_parity(config, clamp=True)
+
+
+@pytest.mark.parametrize("way", ["leaf", "swap"])
+@pytest.mark.parametrize("clamp", [False, True])
+@pytest.mark.parametrize("task_wise", [False, True])
+def test_five_steps_in_float64(task_wise, clamp, way):
+    init = {"a": 0.9985, "b": 0.0015, "c": START} if clamp else START  # near both bounds
+    start = torch.tensor([0.9985, 0.0015, START] if clamp else [START] * 3).double()
+    rule = partial(TaskWise if task_wise else LayerWise, init=init, activation="clamp" if clamp else "none")
+    model, steps = tiny.merged_of(rule=rule, dtype=torch.float64, apply_mode=way), steps_of()
+    found = trained(model, steps)["rule.raw_TG"]
+    net, base, experts, heads = pool_of()
+    options = {"clamp": clamp, "task_wise": task_wise, "start": start}
+    lambdas, _ = transcription(base, experts, heads, net, inputs_of(steps), **options)
+    for group, name in enumerate(["stem.weight"] if task_wise else model.rule.groups):
+        assert_same(found[:, group], lambdas[name], start, moved=5e-4)
+    outside = (found < 0) | (found > 1)
+    assert bool(outside.any()) == clamp
