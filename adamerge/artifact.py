@@ -94,7 +94,10 @@ def start_from(path: str | Path, model: MergedModel, record: Mapping[str, Any]) 
     Raises:
         InputError: Not a merge; other sources, transforms or space; or learnables that this model has no place for.
     """
-    folder, before = read_record(path)
+    try:
+        folder, before = read_record(path)
+    except InputError as error:
+        raise InputError(f"`model.init_from`: {error}") from error
     raise_all(_not_alike(folder, before, record), "`model.init_from`")
     saved, now = load_file(folder / WEIGHTS), state_of(model)
     strange = sorted(set(saved) - set(now))

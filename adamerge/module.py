@@ -128,7 +128,7 @@ class AdaMerge(pl.LightningModule):
     def training_step(self, batch: Mapping[str, Batch], batch_idx: int) -> Tensor:
         k = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
         # a resumed run draws what the straight run draws; each rank its own, but for the rule
-        torch.manual_seed(seed_of(self._seed, "step", k, self.trainer.global_rank))
+        self._seed_generators(seed_of(self._seed, "step", k, self.trainer.global_rank))
         self.noise = seed_of(self._seed, "rule", k)
         self._served |= set(batch)
         if self._teachers is not None:
@@ -137,6 +137,12 @@ class AdaMerge(pl.LightningModule):
             return self.loop.step(self, batch)
         except StopIteration as error:  # which Lightning would take for the end of the data
             raise RuntimeError("A StopIteration left the training step.") from error
+
+    def _seed_generators(self, seed: int) -> None:
+        """Of the CPU and of this device; `torch.manual_seed` keeps a note for every kind of device at every call."""
+        torch.default_generator.manual_seed(seed)
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).manual_seed(seed)
 
     def step(self, batches: Mapping[str, Batch], **options: Any) -> AbstractContextManager[Step]:
         """`MergedModel.step` with this step's noise; the weights are not put in place where no batch needs them."""
@@ -170,8 +176,10 @@ class AdaMerge(pl.LightningModule):
         terms: dict[str, Weighted] = {}
         for objective in self.objectives:
             for name, term in objective(out, batch).items():
-                keys = (name, *(f"{name}_{number}" for number in range(2, 100)))
-                terms[next(key for key in keys if key not in terms)] = Weighted(objective.weight_of(out.task), term)
+                key, number = name, 1
+                while key in terms:
+                    key, number = f"{name}_{number + 1}", number + 1
+                terms[key] = Weighted(objective.weight_of(out.task), term)
         if not terms:
             raise InputError(f"The objectives give no term for task '{out.task}'; there is nothing to minimise.")
         return terms

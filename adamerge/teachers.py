@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from rich.progress import track
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -250,10 +250,18 @@ class Keeper:
         if not (lasting and self._lasts(task)):
             self._own.append(folder)
         built_once(folder, build)
-        with safe_open(folder / "kept.safetensors", framework="pt") as file:
-            tables = {name: file.get_tensor(name) for name in file.keys()}
+        try:
+            tables = _read(folder)
+        except SafetensorError:  # as long as before, and damaged
+            rmtree(folder, ignore_errors=True)
+            tables = _read(built_once(folder, build))
         blocks = [tables.pop(f"{BLOCKS}.{place}") for place in range(sum(n.startswith(BLOCKS) for n in tables))]
         return {**tables, **({BLOCKS: blocks} if blocks else {})}
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    with safe_open(folder / "kept.safetensors", framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}
 
 
 def _bytes(tensor: Tensor) -> str:

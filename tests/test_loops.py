@@ -187,7 +187,7 @@ def test_the_shortest_vector_descends_for_every_task(count, seed):
     g_TN = draw(count, seed=seed) + 0.3
     g_N = shortest(g_TN)
     scale = g_TN.square().sum(1).max()
-    assert (g_TN @ g_N).min() >= g_N @ g_N - 1e-2 * scale
+    assert (g_TN @ g_N).min() >= g_N @ g_N - 1e-4 * scale
     assert g_N.norm() <= g_TN.norm(dim=1).min() + 1e-9
 
 

@@ -3,6 +3,7 @@
 import csv
 import os
 import signal
+from itertools import pairwise
 
 import lightning.pytorch as pl
 import pytest
@@ -61,8 +62,9 @@ def watched(plain, **overrides):
 
 def moving(states):
     """For each step after the first the parts of the merge that it moved."""
-    pairs = zip(states, states[1:], strict=False)
-    return [{name.split(".")[0] for name in one if not torch.equal(one[name], two[name])} for one, two in pairs]
+    return [
+        {name.split(".")[0] for name in one if not torch.equal(one[name], two[name])} for one, two in pairwise(states)
+    ]
 
 
 def rows(run):

@@ -1,7 +1,7 @@
 """Samples as the network takes them, prepared once and remembered while memory lasts."""
 
 import mmap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +53,19 @@ class Prepared(Dataset[Mapping[str, Any]]):
             found = self._prepare(self._samples[index])
             self._memory.put(index, found)
         return found
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Mapping[str, Any]]:
+        """Several samples; those that are not remembered are read together, where the data can."""
+        held = self._memory.get if self._memory is not None else lambda index: None
+        found = {index: held(index) for index in indices}
+        missing = [index for index, sample in found.items() if sample is None]
+        together = getattr(self._samples, "__getitems__", None)
+        raw = together(missing) if together is not None and missing else map(self._samples.__getitem__, missing)
+        for index, sample in zip(missing, raw, strict=True):
+            prepared = found[index] = self._prepare(sample)
+            if self._memory is not None:
+                self._memory.put(index, prepared)
+        return [found[index] for index in indices]  # type: ignore[misc]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_memory": None}  # a worker that is not forked cannot share it

@@ -88,7 +88,7 @@ class StepStream(Dataset[Mapping[str, Batch]]):
         batch = default_collate([self._sample(task, position) for position in positions]) if read else {}
         if not table:
             return batch
-        index_B = torch.tensor([self.index(task, position) for position in positions])
+        index_B = self._indices(task, positions)
         known = {
             key: [v[index_B] for v in value] if isinstance(value, list) else value[index_B]
             for key, value in table.items()
@@ -104,6 +104,14 @@ class StepStream(Dataset[Mapping[str, Batch]]):
         """Which sample of the task's dataset stands at a position."""
         epoch, place = divmod(position, len(self._splits[task]))  # type: ignore[arg-type]
         return int(self._permutation(task, epoch)[place])
+
+    def _indices(self, task: str, positions: range) -> torch.Tensor:
+        """Which samples stand at positions, [B]."""
+        size = len(self._splits[task])  # type: ignore[arg-type]
+        position_B = torch.arange(positions.start, positions.stop, positions.step)
+        epochs = range(positions.start // size, (positions[-1] // size) + 1)
+        orders = torch.cat([self._permutation(task, epoch) for epoch in epochs])
+        return orders[position_B - epochs.start * size]
 
     def _draw(self, task: str, epoch: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed_of(self._seed, "order", task, epoch))
