@@ -1,5 +1,6 @@
 """The configuration's language: one parser for the command line, files, and `adamerge.train`."""
 
+import copy
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -99,7 +100,7 @@ def parse(config: str | Path | Sequence[str | Path] | Mapping[str, Any], overrid
     parser = make_parser()
     try:
         if isinstance(config, Mapping):
-            parsed = parser.parse_object(dict(config))
+            parsed = parser.parse_object(copy.deepcopy(dict(config)))  # the parser writes into it
         else:
             paths = [config] if isinstance(config, (str, Path)) else config
             parsed = parser.parse_args([f"--config={path}" for path in paths])

@@ -220,8 +220,12 @@ class AdaMerge(pl.LightningModule):
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         with torch.no_grad():
+            learnables = self.model.learnables()
+            self._watch(
+                torch.stack([learnable.sum() for learnable in learnables.values()]).sum()[None], slice(-1, None)
+            )
             good = (self.bad_step_T < 0).all()
-            for name, learnable in self.model.learnables().items():
+            for name, learnable in learnables.items():
                 learnable.copy_(torch.where(good, learnable, self._before.pop(name)))
             self.model.rule.project_()
         optimizer.zero_grad()  # Lightning does so too, but only after the next forwards
@@ -264,7 +268,7 @@ class AdaMerge(pl.LightningModule):
             return
         step = int(min(bad for bad in first if bad >= 0))
         tasks = [task for task, bad in zip(self.model.tasks, first, strict=False) if bad >= 0]
-        what = f"The loss of {', '.join(tasks)}" if tasks else "The gradient"
+        what = f"The loss of {', '.join(tasks)}" if tasks else "The gradient, or the step that it gave,"
         raise NonFiniteLoss(
             f"{what} became NaN or Inf at step {step}. No update was made from that step on, so the merge is the last "
             "good one. Lower the learning rate, use precision 32 or bf16-mixed, or look at this task's data."

@@ -75,9 +75,12 @@ def _described(job: Job) -> str:
 
 def about(job: Job) -> dict[str, Any]:
     """What a reader of the merge's record wants to know of how it was learned; not needed to load it."""
+    phases = job.recipe.phases
     return {
         "seed": job.seed_everything,
         "split": job.data.split,
         "data": spec(job.data, strict=False),
-        "objectives": spec(job.recipe.objectives, strict=False),
+        "objectives": [each for phase in phases for each in spec(phase.objectives, strict=False)],
+        "phases": [spec(phase, strict=False) for phase in phases],
+        "init_from": job.recipe.init_from,
     }
