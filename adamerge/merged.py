@@ -13,6 +13,7 @@ from adamerge.backbones import Backbone
 from adamerge.modules import FrozenStore, parameter_sites, put, swapped
 from adamerge.multitask import Chains, MultiTaskModel
 from adamerge.rules import MergeRule
+from adamerge.step import Step, leaf_of, pull_back
 from adamerge.task_vectors import TaskVectors
 from adamerge.types import Batch, InputError
 
@@ -43,85 +44,6 @@ class _Skeleton(FrozenStore):
         }
         self.net._apply(fn, recurse)
         return super()._apply(fn, recurse)
-
-
-def _leaf(value: Any) -> Any:
-    """A tensor cut from its graph, to collect its gradient; other values pass."""
-    return value.detach().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
-
-
-def _pull_back(roots: Iterable[Any], leaves: Iterable[Any], *, keep: bool) -> None:
-    """Send the leaves' gradients backward through the tensors they were cut from; they are taken off the leaves."""
-    reached: list[tuple[Any, Tensor]] = []
-    for root, leaf in zip(roots, leaves, strict=True):
-        if getattr(leaf, "grad", None) is not None:
-            reached.append((root, leaf.grad))
-            leaf.grad = None
-    if reached:
-        torch.autograd.backward([root for root, _ in reached], [grad for _, grad in reached], retain_graph=keep)
-
-
-class Step:
-    """One optimiser step through the model: run forwards, hand each loss to `backward`, return `scalar` at the end.
-
-    Attributes:
-        gradients: By name, when the step has ended; a loop may put others in their place before it asks for `scalar`.
-    """
-
-    def __init__(
-        self,
-        learnables: Mapping[str, nn.Parameter],
-        device: torch.device,
-        at_once: bool,
-        pull: Callable[[bool], dict[str, Tensor]],
-    ) -> None:
-        self._learnables, self._device, self._at_once, self._pull = learnables, device, at_once, pull
-        self._pending: list[Tensor] = []
-        self.gradients: dict[str, Tensor] = {}
-
-    def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradient of a loss [], outside of autocast; in `swap` mode, when the step ends."""
-        self._pending.append(loss)
-        if not self._at_once:
-            self._flush()
-
-    def _flush(self) -> None:
-        if self._pending:
-            with torch.autocast(self._device.type, enabled=False):
-                torch.stack(self._pending).sum().backward()
-            self._pending = []
-
-    def taken(self) -> dict[str, Tensor]:
-        """The gradients of what was sent backward so far, by name; they do not count into those of the whole step.
-
-        For `leaf` mode. Costs one contraction with the task vectors.
-        """
-        self._flush()
-        return self._pull(True)
-
-    def end(self) -> None:
-        """Contract with the task vectors, once; called by the model when the block ends."""
-        self._flush()
-        self.gradients = self._pull(False)
-
-    def scalar(self, value: Tensor) -> Tensor:
-        """A scalar of the given value whose backward hands every learnable the gradient that this step has found."""
-        found, self.gradients = self.gradients, {}  # held once
-        return _Handed.apply(
-            value.detach().float(), [found[name] for name in self._learnables], *self._learnables.values()
-        )
-
-
-class _Handed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *learnables: Tensor) -> Tensor:
-        ctx.gradients = gradients
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> Any:
-        gradients, ctx.gradients = ctx.gradients, []
-        return None, None, *[gradient.mul_(scale.to(gradient.dtype)) for gradient in gradients]
 
 
 class MergedModel(MultiTaskModel):
@@ -286,15 +208,15 @@ class MergedModel(MultiTaskModel):
             # A cut before the merge as well: reentrant checkpointing walks each tensor's graph on its own, and
             # would find what the tensors share freed after the first.
             begun, tree = tree_flatten(self.rule.begin() if weights and self._held is None else None)
-            shared = [_leaf(value) for value in begun]
+            shared = [leaf_of(value) for value in begun]
             made = dict(self._held or self._weights(tree_unflatten(shared, tree))) if weights else {}
-            entering = {name: _leaf(weight) for name, weight in made.items()} if self.apply_mode == "leaf" else made
+            entering = {name: leaf_of(weight) for name, weight in made.items()} if self.apply_mode == "leaf" else made
 
             def pull(keep: bool) -> dict[str, Tensor]:
                 for name in list(made) if self.apply_mode == "leaf" else ():  # what a tensor held is freed with it
                     root, leaf = (made[name], entering[name]) if keep else (made.pop(name), entering.pop(name))
-                    _pull_back([root], [leaf], keep=keep)
-                _pull_back(begun, shared, keep=keep)
+                    pull_back([root], [leaf], keep=keep)
+                pull_back(begun, shared, keep=keep)
                 found = {name: leaf.grad for name, leaf in leaves.items() if name in wanted}
                 for leaf in leaves.values():
                     leaf.grad = None
@@ -303,7 +225,7 @@ class MergedModel(MultiTaskModel):
             step = Step(learnables, self._skeleton.device, self.apply_mode == "swap", pull)
             with self.placed(entering) if weights else nullcontext():
                 yield step
-                step._flush()
+                step.flush()
             step.end()
 
     @contextmanager

@@ -13,14 +13,16 @@ from torch.optim import Optimizer
 from adamerge.backbones.base import batch_size
 from adamerge.blocks import recorded_blocks
 from adamerge.evaluation import confusion, score
+from adamerge.finite import FiniteWatch
 from adamerge.loops import Joint, Loop
 from adamerge.loops.tally import Terms, Weighted
-from adamerge.merged import MergedModel, Step
+from adamerge.merged import MergedModel
 from adamerge.objectives import Entropy, Objective
 from adamerge.resume import reconcile_optimizer, restore, training_state
 from adamerge.seeding import seed_of
+from adamerge.step import Step
 from adamerge.teachers import BLOCKS, EXPERT, Teachers
-from adamerge.types import KEPT, Batch, InputError, NonFiniteLoss, TaskOutput, raise_all
+from adamerge.types import KEPT, Batch, InputError, TaskOutput, raise_all
 
 log = logging.getLogger("adamerge")
 
@@ -73,11 +75,10 @@ class AdaMerge(pl.LightningModule):
         self._metric_tasks = tuple(num_classes or {})
         self._stack, self._seed, self._teachers, self._phase = ExitStack(), seed, teachers, phase
         self._fixed, self._served = ExitStack(), set[str]()  # merged once; tasks since the last optimiser step
-        self._before: dict[str, Tensor] = {}  # the learnables as they stood before the optimiser's step
         self.noise = seed
         self._latest: dict[str, Tensor] = {}  # what was last said of each task
         self.block_names: Sequence[str] = teachers.blocks if teachers is not None and BLOCKS in self.needs else ()
-        self.bad_step_T = torch.empty(0)  # per task, then for the gradient: the first step that was not finite, or -1
+        self.finite = FiniteWatch(model.tasks, model.device)
         raise_all(self._problems(), "the training set-up")
 
     def _problems(self) -> Iterator[str]:
@@ -123,7 +124,7 @@ class AdaMerge(pl.LightningModule):
     def on_fit_start(self) -> None:
         self._stack.close()
         self._fixed.close()
-        self.bad_step_T = torch.full((len(self.model.tasks) + 1,), -1, device=self.device, dtype=torch.int64)
+        self.finite = FiniteWatch(self.model.tasks, self.device)
 
     def training_step(self, batch: Mapping[str, Batch], batch_idx: int) -> Tensor:
         k = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
@@ -200,11 +201,7 @@ class AdaMerge(pl.LightningModule):
         """Log every term where the loggers write; return the total loss. Nothing here waits for the device."""
         per_task = {task: torch.stack(list(terms.values())).sum() for task, terms in values.items()}
         total = torch.stack([*per_task.values(), *penalties.values()]).sum()
-        served = [task for task in self.model.tasks if task in per_task]
-        runs = [served] if len(served) == len(self.model.tasks) else [[task] for task in served]
-        for run in runs:
-            first = self.model.tasks.index(run[0])
-            self._watch(torch.stack([per_task[task] for task in run]), slice(first, first + len(run)))
+        self.finite.losses(per_task, self.trainer.global_step)
         named = {f"train/{task}/{name}": value for task, terms in values.items() for name, value in terms.items()}
         self._latest |= {**named, **{f"train/penalty/{k}": v for k, v in penalties.items()}, "train/loss": total}
         if self.trainer._logger_connector.should_update_logs or self.trainer.fast_dev_run:
@@ -213,66 +210,33 @@ class AdaMerge(pl.LightningModule):
 
     # --- a step that is not finite changes nothing, and ends the run at the next logging interval
 
-    def _watch(self, values: Tensor, where: slice) -> None:
-        bad = ~values.isfinite() & (self.bad_step_T[where] < 0)
-        self.bad_step_T[where] = torch.where(bad, self.trainer.global_step, self.bad_step_T[where])
-
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        step = self.trainer.global_step
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.finite.updated(self.model.learnables(), step)
         with torch.no_grad():
-            learnables = self.model.learnables()
-            self._watch(
-                torch.stack([learnable.sum() for learnable in learnables.values()]).sum()[None], slice(-1, None)
-            )
-            good = (self.bad_step_T < 0).all()
-            for name, learnable in learnables.items():
-                learnable.copy_(torch.where(good, learnable, self._before.pop(name)))
             self.model.rule.project_()
         optimizer.zero_grad()  # Lightning does so too, but only after the next forwards
         self._served.clear()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        if not self._before:  # after the backwards, which need the memory; an optimiser may call them several times
-            self._before = {name: p.detach().clone() for name, p in self.model.learnables().items()}
         for task in set(self.model.tasks) - self._served:  # momentum must not move what this step says nothing of
             for part in self.model.chain(task):
                 for parameter in part.parameters():
                     parameter.grad = None
-        gradients = [p.grad for p in self.model.learnables().values() if p.grad is not None]
-        self._watch(torch.stack([gradient.sum() for gradient in gradients]).sum()[None], slice(-1, None))
-        for gradient in gradients:
-            torch.nan_to_num_(gradient, nan=0.0, posinf=0.0, neginf=0.0)  # the optimiser's own state stays finite
+        self.finite.gradients(self.model.learnables(), self.trainer.global_step)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.trainer.should_stop:  # asked for just now: the loggers write once more
             self.log_dict(self._latest, batch_size=1)
         if self.trainer.fit_loop.epoch_loop.batch_progress.total.ready % max(1, self.trainer.log_every_n_steps) == 0:
-            self.raise_if_not_finite()
+            self.finite.raise_if_marked()
 
     def on_train_end(self) -> None:
-        self.raise_if_not_finite()
+        self.finite.raise_if_marked()
 
     def teardown(self, stage: str) -> None:
         self._fixed.close()
-
-    def raise_if_not_finite(self) -> None:
-        """Look at the marks of bad steps; waits for the device.
-
-        Raises:
-            NonFiniteLoss: Naming the tasks and the step.
-        """
-        first = (
-            self.bad_step_T.tolist()
-        )  # equal on all ranks: values and gradients were reduced before they were looked at
-        if max(first) < 0:
-            return
-        step = int(min(bad for bad in first if bad >= 0))
-        tasks = [task for task, bad in zip(self.model.tasks, first, strict=False) if bad >= 0]
-        what = f"The loss of {', '.join(tasks)}" if tasks else "The gradient, or the step that it gave,"
-        raise NonFiniteLoss(
-            f"{what} became NaN or Inf at step {step}. No update was made from that step on, so the merge is the last "
-            "good one. Lower the learning rate, use precision 32 or bf16-mixed, or look at this task's data."
-        )
 
     # --- evaluation: the weights are merged once for all batches
 

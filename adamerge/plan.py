@@ -5,7 +5,7 @@ from pathlib import Path
 
 from adamerge.job import Job
 from adamerge.merged import MergedModel
-from adamerge.recipe import Opened
+from adamerge.opened import Opened
 from adamerge.report import duration, gigabytes, shown
 
 

@@ -26,7 +26,7 @@ from adamerge.files import built_once, cache_dir
 from adamerge.learnables import state_of
 from adamerge.merged import MergedModel
 from adamerge.modules import parameter_sites, swapped
-from adamerge.recipe import Opened
+from adamerge.opened import Opened
 from adamerge.recorded import spec
 from adamerge.terminal import progress_console
 from adamerge.types import KEPT, Batch, InputError

@@ -24,9 +24,10 @@ from adamerge.learnables import train_only
 from adamerge.merged import MergedModel
 from adamerge.module import AdaMerge, adam
 from adamerge.multitask import MultiTaskModel
+from adamerge.opened import Opened
 from adamerge.plan import plan
 from adamerge.processes import launch, once
-from adamerge.recipe import Opened, Recipe
+from adamerge.recipe import Recipe
 from adamerge.report import gain, score_table, shown, write_plots
 from adamerge.resume import restore
 from adamerge.run_folder import about, make_folder

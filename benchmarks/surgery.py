@@ -28,7 +28,8 @@ from adamerge.checkpoints import State
 from adamerge.config import parse
 from adamerge.files import cache_dir
 from adamerge.job import Job
-from adamerge.recipe import Opened, Recipe
+from adamerge.opened import Opened
+from adamerge.recipe import Recipe
 from adamerge.teachers import Keeper
 
 FILES = [CONFIGS / "demo.yaml", CONFIGS / "recipes" / "zoo_surgery.yaml"]

@@ -337,7 +337,7 @@ def test_a_record_edited_by_hand_is_damaged(run, change):
 def test_a_run_that_fails_is_told_as_stopped_with_its_step(config, tmp_path, monkeypatch):
     steps = []
     monkeypatch.setattr(
-        "adamerge.module.AdaMerge.raise_if_not_finite", lambda self: steps.append(1) if len(steps) < 2 else 1 / 0
+        "adamerge.finite.FiniteWatch.raise_if_marked", lambda self: steps.append(1) if len(steps) < 2 else 1 / 0
     )
     with pytest.raises(ZeroDivisionError):
         adamerge.train(config(trainer={"max_steps": 9, "log_every_n_steps": 1}, run={"dir": str(tmp_path / "run")}))

@@ -542,3 +542,23 @@ def test_the_count_of_waits_would_see_one():
     watch = Watch([])
     fitted(AdaMerge(merged_of(), objectives=[Waiting()], optimizer=SLOW), steps=2, mode=watch)
     assert watch.waits >= 2 * len(TASKS)
+
+
+def test_mask_coefficients_and_adapters_learn_in_one_run(config):
+    rule = {"class_path": "adamerge.rules.LayerWise"}
+    surgery = {"class_path": "adamerge.task_modules.Surgery", "init_args": {"rank": 2}}
+    model = {
+        "rule": {"class_path": "adamerge.rules.Concrete", "init_args": {"rule": rule}},
+        "task_modules": [surgery],
+        "objectives": [
+            {"class_path": "adamerge.objectives.Entropy"},
+            {"class_path": "adamerge.objectives.FeatureDistillation"},
+        ],
+    }
+    run = adamerge.train(config(model))
+    still = open_merge(adamerge.train(config(model, trainer={"max_steps": 0})).dir, trust=True).state_dict()
+    learned = open_merge(run.dir, trust=True).state_dict()
+    for kind in ("rule.inner.raw_TG", "rule.logits.stem/weight", "task_modules.0.0.up", "task_modules.2.0.up"):
+        assert (learned[kind] - still[kind]).abs().max() > 1e-3
+    batch = batches_of()["a"]
+    torch.testing.assert_close(adamerge.load(run.dir, trust=True)(batch, task="a"), run.merge(batch, task="a"))

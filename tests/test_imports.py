@@ -14,7 +14,7 @@ PACKAGE = Path(adamerge.__file__).parent
 # A file imports only from lower layers, or from its own folder.
 LAYERS = [
     {"types"},
-    {"files", "recorded", "modules", "seeding", "deltas", "terminal", "hub", "ranks", "blocks"},
+    {"files", "recorded", "modules", "seeding", "deltas", "terminal", "hub", "ranks", "blocks", "step", "finite"},
     {"demo"},
     {"checkpoints"},
     {"space"},
@@ -26,6 +26,7 @@ LAYERS = [
     {"merged"},
     {"learnables"},
     {"loops", "resume"},
+    {"opened"},
     {"evaluation", "recipe"},
     {"teachers"},
     {"artifact"},

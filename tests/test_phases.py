@@ -12,8 +12,7 @@ import torch
 import adamerge
 from adamerge.artifact import open_merge
 from adamerge.learnables import state_of
-from adamerge.module import NonFiniteLoss
-from adamerge.types import InputError
+from adamerge.types import InputError, NonFiniteLoss
 from tests.test_command import command, finish
 from tests.tiny import TASKS
 

@@ -179,7 +179,7 @@ def test_only_logging_steps_read_values(config, watched, monkeypatch):
 
 def test_a_failing_run_gives_the_terminal_back(config, watched, monkeypatch):
     console, made = watched
-    monkeypatch.setattr("adamerge.module.AdaMerge.raise_if_not_finite", lambda self: 1 / 0)
+    monkeypatch.setattr("adamerge.finite.FiniteWatch.raise_if_marked", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         adamerge.train(config(trainer={"log_every_n_steps": 2, "enable_progress_bar": True}))
     assert made[0]._live is None

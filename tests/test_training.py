@@ -12,8 +12,7 @@ import yaml
 import adamerge
 from adamerge.artifact import open_merge
 from adamerge.files import sha256
-from adamerge.module import NonFiniteLoss
-from adamerge.types import InputError
+from adamerge.types import InputError, NonFiniteLoss
 from tests.tiny import TASKS, Net, write_pool
 
 SUPERVISED = [{"class_path": "adamerge.objectives.Supervised"}]

@@ -8,8 +8,8 @@ from adamerge.backbones.base import batch_size
 from adamerge.loops.base import Loop
 from adamerge.loops.min_norm import gram, min_norm_weights
 from adamerge.loops.tally import Tally, counts_of
-from adamerge.merged import Step
 from adamerge.ranks import sum_over_ranks, world_size
+from adamerge.step import Step
 from adamerge.types import Batch, InputError
 
 if TYPE_CHECKING:

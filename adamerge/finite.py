@@ -1,0 +1,72 @@
+"""A step that leaves the finite numbers changes nothing, and is remembered on the device."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from adamerge.types import NonFiniteLoss
+
+
+class FiniteWatch:
+    """Marks the first step at which a task's loss, or a gradient or an update, was NaN or Inf; nothing waits for it.
+
+    Args:
+        tasks: The T tasks.
+        device: Where values are looked at.
+    """
+
+    def __init__(self, tasks: Sequence[str], device: torch.device) -> None:
+        self._tasks = tuple(tasks)
+        self._first = torch.full((len(tasks) + 1,), -1, device=device, dtype=torch.int64)  # per task, then the update's
+        self._before: dict[str, Tensor] = {}
+
+    def losses(self, per_task: Mapping[str, Tensor], step: int) -> None:
+        """Look at losses [] of some tasks."""
+        served = [task for task in self._tasks if task in per_task]
+        for run in [served] if len(served) == len(self._tasks) else [[task] for task in served]:
+            first = self._tasks.index(run[0])
+            self._look(torch.stack([per_task[task] for task in run]), slice(first, first + len(run)), step)
+
+    def gradients(self, learnables: Mapping[str, Tensor], step: int) -> None:
+        """Look at the gradients before an update, keep what it would change, and let no NaN into the optimiser."""
+        if not self._before:  # after the backwards, which need the memory; an optimiser may call them several times
+            self._before = {name: learnable.detach().clone() for name, learnable in learnables.items()}
+        gradients = [learnable.grad for learnable in learnables.values() if learnable.grad is not None]
+        self._look(_total(gradients), slice(-1, None), step)
+        for gradient in gradients:
+            torch.nan_to_num_(gradient, nan=0.0, posinf=0.0, neginf=0.0)
+
+    @torch.no_grad()
+    def updated(self, learnables: Mapping[str, Tensor], step: int) -> None:
+        """Look at what an update has made; undo it if this step or one before was marked."""
+        self._look(_total(list(learnables.values())), slice(-1, None), step)
+        good = (self._first < 0).all()
+        for name, learnable in learnables.items():
+            learnable.copy_(torch.where(good, learnable, self._before.pop(name)))
+
+    def raise_if_marked(self) -> None:
+        """Look at the marks; waits for the device. They are equal on all ranks: what they are of was reduced before.
+
+        Raises:
+            NonFiniteLoss: Naming the tasks and the step.
+        """
+        first = self._first.tolist()
+        if max(first) < 0:
+            return
+        step = int(min(bad for bad in first if bad >= 0))
+        tasks = [task for task, bad in zip(self._tasks, first, strict=False) if bad >= 0]
+        what = f"The loss of {', '.join(tasks)}" if tasks else "The gradient, or the update that it gave,"
+        raise NonFiniteLoss(
+            f"{what} became NaN or Inf at step {step}. No update was made from that step on, so the merge is the last "
+            "good one. Lower the learning rate, use precision 32 or bf16-mixed, or look at this task's data."
+        )
+
+    def _look(self, values: Tensor, where: slice, step: int) -> None:
+        bad = ~values.isfinite() & (self._first[where] < 0)
+        self._first[where] = torch.where(bad, step, self._first[where])
+
+
+def _total(tensors: Sequence[Tensor]) -> Tensor:
+    """The sum of all elements, [1]: not finite if one of them is not."""
+    return torch.stack([tensor.detach().sum() for tensor in tensors]).sum()[None]
