@@ -46,20 +46,21 @@ class Teachers:
         model: Lends its network, outside of its steps.
 
     Attributes:
+        heads: Per task the head as it was before any training.
         blocks: The names of the network's blocks.
         keys: For each task of whose samples something was kept, what that depends on, as one digest.
     """
 
     def __init__(self, opened: Opened, model: MergedModel) -> None:
-        self._opened, self._model = opened, model
-        self._heads = {task: deepcopy(model.chain(task)[-1]).requires_grad_(False) for task in model.tasks}
+        self.opened, self.model = opened, model
+        self.heads = {task: deepcopy(model.chain(task)[-1]).requires_grad_(False) for task in model.tasks}
         self.blocks: Sequence[str] = tuple(opened.blocks)
         self.keys: dict[str, str] = {}
 
     @contextmanager
     def expert(self, task: str) -> Iterator[None]:
         """An expert's weights and buffers in the network for the length of the block, those that are not merged too."""
-        model, space, state = self._model, self._opened.space, self._opened.experts[task]
+        model, space, state = self.model, self.opened.space, self.opened.experts[task]
         sites = parameter_sites(model.network)  # of what is not merged; the others' places are empty
         keys = {name: next((k for k in space.names_of(name) if k in state), None) for name in (*space.shapes, *sites)}
         merged = {name: model.fitted(name, state[str(keys[name])]) for name in space.shapes}
@@ -68,17 +69,17 @@ class Teachers:
             for name, places in sites.items()
             if (key := keys[name]) is not None
         }
-        with self._opened.buffers_of(task), swapped(sites, rest), model.placed(merged):
+        with self.opened.buffers_of(task), swapped(sites, rest), model.placed(merged):
             yield
 
     @torch.no_grad()
     def outputs(self, task: str, batch: Batch, wanted: Collection[str]) -> Known:
         """What the expert says of a batch, in fp32 or more; inside of `expert`."""
-        model = self._model
+        model = self.model
         with recorded_blocks(model.network, self.blocks if BLOCKS in wanted else (), batch_size(batch)) as blocks:
             features_BD = model.backbone.features(model.network, batch)
         features_BD = features_BD.to(torch.promote_types(features_BD.dtype, torch.float32))
-        head = self._heads[task].to(features_BD.device)
+        head = self.heads[task].to(features_BD.device)
         known: Known = {FEATURES: features_BD, LOGITS: head(features_BD).to(features_BD.dtype), BLOCKS: list(blocks)}
         return {name: value for name, value in known.items() if name in wanted}
 
@@ -139,13 +140,13 @@ class Keeper:
 
     def experts(self, teachers: Teachers, wanted: Collection[str]) -> dict[str, Known]:
         """What the experts say of all samples of the tasks whose data can be kept."""
-        model, opened = teachers._model, teachers._opened
+        model, opened = teachers.model, teachers.opened
         found: dict[str, Known] = {}
         for task in self._repeatable():
             sources = [state.sha256() for state in (opened.experts[task], opened.base)]  # it has what the expert lacks
             key = _digest(
                 self._data_key(task), sources, spec(model.backbone, strict=False), sorted(wanted),
-                [(n, _bytes(t)) for n, t in teachers._heads[task].state_dict().items()], list(teachers.blocks),
+                [(n, _bytes(t)) for n, t in teachers.heads[task].state_dict().items()], list(teachers.blocks),
                 opened.space.skip, self._precision,
             )  # fmt: skip
             widths = {FEATURES: opened.width, LOGITS: len(opened.classes[task]), BLOCKS: sum(opened.blocks.values())}
@@ -167,7 +168,7 @@ class Keeper:
 
     def merged(self, teachers: Teachers) -> dict[str, Known]:
         """The merged features of all samples, with the model as it stands; nothing if some cannot be kept."""
-        model, tasks, width = teachers._model, self._repeatable(), teachers._opened.width
+        model, tasks, width = teachers.model, self._repeatable(), teachers.opened.width
         learned = {name: _bytes(tensor) for name, tensor in state_of(model).items() if name.startswith("rule.")}
         keys = {
             task: _digest(self._token, self._data_key(task), spec(model.rule, strict=False), learned) for task in tasks
