@@ -37,8 +37,16 @@ def find_config(name: str | Path) -> Path:
         return SHIPPED.parent / file
     raise InputError(
         f"There is no configuration '{name}' (looked in {file.parent.resolve()}). Name a YAML file of yours, or one of "
-        f"those that come with adamerge: {', '.join(shipped_configs())}."
+        f"those that come with adamerge: {_grouped(shipped_configs())}."
     )
+
+
+def _grouped(names: Sequence[str]) -> str:
+    """Names of YAML files, those of one folder in braces: `configs/debug/{fast,overfit}.yaml`."""
+    folders: dict[str, list[str]] = {}
+    for name in names:
+        folders.setdefault(Path(name).parent.as_posix(), []).append(Path(name).stem)
+    return ", ".join(f"{folder}/{{{','.join(stems)}}}.yaml" for folder, stems in folders.items())
 
 
 def shipped_configs() -> list[str]:
