@@ -20,7 +20,16 @@ from adamerge.recorded import foreign, revive
 from adamerge.types import InputError, raise_all, some
 
 FORMAT = 2
-_FREE = {"init", "penalties", "density", "temperature", "evaluation", "seed", "saved_as"}  # of a rule's options
+_FREE = {
+    "init",
+    "trainable",
+    "penalties",
+    "density",
+    "temperature",
+    "evaluation",
+    "seed",
+    "saved_as",
+}  # of a rule's options
 WEIGHTS, RECORD = "merge.safetensors", "merge.yaml"
 _NEEDED = {
     **dict.fromkeys(

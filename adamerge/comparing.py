@@ -28,7 +28,7 @@ from adamerge.types import InputError, raise_all, some
 log = logging.getLogger("adamerge")
 
 _OPTION = re.compile(r"((?:model|data|trainer|run)\.[\w.]+)\+?=")
-_OWN = {"run.root", "run.name", "run.dir", "run.baselines", "trainer.enable_progress_bar"}
+_OWN = {"data.seed", "run.root", "run.name", "run.dir", "run.baselines", "trainer.enable_progress_bar"}
 
 
 def compare(
@@ -141,6 +141,9 @@ def _common_tasks(jobs: Sequence[tuple[str, Job]]) -> tuple[str, ...]:
     if job.data.eval_split is None:
         raise InputError(f"The recipe '{first}' evaluates on no split; set `data.eval_split` to one that has labels.")
     found = _subject(job)
+    seeded = [name for name, each in jobs if each.data.seed is not None]
+    if seeded:
+        raise InputError(f"The recipe '{seeded[0]}' sets `data.seed`, so that seeds would see one order; leave it out.")
     raise_all((each for name, other in others for each in _differences(first, found, name, _subject(other))), "recipes")
     return tuple(job.data.tasks)
 
@@ -153,6 +156,8 @@ def _subject(job: Job) -> dict[str, Any]:
         "data.tasks": spec(job.data.tasks, strict=False),
         "data.split": job.data.split,
         "data.eval_split": job.data.eval_split,
+        "model.backbone": spec(job.recipe.backbone, strict=False),
+        "trainer.limit_val_batches": str(job.trainer.get("limit_val_batches")),
     }
 
 

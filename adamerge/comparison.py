@@ -77,7 +77,9 @@ class Row:
         def known(name: str) -> list[Any]:
             return [value for run in self.runs if (value := getattr(run, name)) is not None]
 
-        steps, seconds, memory, folds = map(known, ("steps", "seconds", "peak_memory", "folds"))
+        steps, seconds, folds = map(known, ("steps", "seconds", "folds"))
+        lean = [run for run in self.runs if run.baselines is None] or self.runs  # the others scored baselines, too
+        memory = [run.peak_memory for run in lean if run.peak_memory is not None]
         return {
             "steps": fmean(steps) if steps else None,
             "seconds": fmean(seconds) if seconds else None,

@@ -1,4 +1,4 @@
-"""A step that leaves the finite numbers changes nothing, and is remembered on the device."""
+"""A step that leaves the finite numbers is undone, and remembered on the device."""
 
 from collections.abc import Mapping, Sequence
 
@@ -19,7 +19,7 @@ class FiniteWatch:
     def __init__(self, tasks: Sequence[str], device: torch.device) -> None:
         self._tasks = tuple(tasks)
         self._first = torch.full((len(tasks) + 1,), -1, device=device, dtype=torch.int64)  # per task, then the update's
-        self._before: dict[str, Tensor] = {}
+        self._good: dict[str, Tensor] = {}  # the learnables that last gave a finite loss
 
     def losses(self, per_task: Mapping[str, Tensor], step: int) -> None:
         """Look at losses [] of some tasks."""
@@ -28,22 +28,27 @@ class FiniteWatch:
             first = self._tasks.index(run[0])
             self._look(torch.stack([per_task[task] for task in run]), slice(first, first + len(run)), step)
 
+    @torch.no_grad()
     def gradients(self, learnables: Mapping[str, Tensor], step: int) -> None:
-        """Look at the gradients before an update, keep what it would change, and let no NaN into the optimiser."""
-        if not self._before:  # after the backwards, which need the memory; an optimiser may call them several times
-            self._before = {name: learnable.detach().clone() for name, learnable in learnables.items()}
+        """Before an update: keep what gave finite losses, look at the gradients, let no NaN into the optimiser."""
+        if not self._good:
+            self._good = {name: learnable.detach().clone() for name, learnable in learnables.items()}
+        good = (self._first < 0).all()
+        for name, learnable in learnables.items():
+            torch.where(good, learnable, self._good[name], out=self._good[name])
         gradients = [learnable.grad for learnable in learnables.values() if learnable.grad is not None]
-        self._look(_total(gradients), slice(-1, None), step)
+        if gradients:
+            self._look(_total(gradients), slice(-1, None), step)
         for gradient in gradients:
             torch.nan_to_num_(gradient, nan=0.0, posinf=0.0, neginf=0.0)
 
     @torch.no_grad()
     def updated(self, learnables: Mapping[str, Tensor], step: int) -> None:
-        """Look at what an update has made; undo it if this step or one before was marked."""
+        """Look at what an update has made; if anything was marked, go back to what last gave finite losses."""
         self._look(_total(list(learnables.values())), slice(-1, None), step)
         good = (self._first < 0).all()
         for name, learnable in learnables.items():
-            learnable.copy_(torch.where(good, learnable, self._before.pop(name)))
+            learnable.copy_(torch.where(good, learnable, self._good[name]))
 
     def raise_if_marked(self) -> None:
         """Look at the marks; waits for the device. They are equal on all ranks: what they are of was reduced before.
@@ -58,8 +63,8 @@ class FiniteWatch:
         tasks = [task for task, bad in zip(self._tasks, first, strict=False) if bad >= 0]
         what = f"The loss of {', '.join(tasks)}" if tasks else "The gradient, or the update that it gave,"
         raise NonFiniteLoss(
-            f"{what} became NaN or Inf at step {step}. No update was made from that step on, so the merge is the last "
-            "good one. Lower the learning rate, use precision 32 or bf16-mixed, or look at this task's data."
+            f"{what} became NaN or Inf at step {step}. The merge is the last one before it whose losses were finite. "
+            "Lower the learning rate, use precision 32 or bf16-mixed, or look at this task's data."
         )
 
     def _look(self, values: Tensor, where: slice, step: int) -> None:

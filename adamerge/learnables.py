@@ -29,8 +29,8 @@ def learnables_of(model: MergedModel) -> dict[str, Learned]:
         kept = set(part.state_dict())  # without buffers that are not persistent
         tensors = [*part.named_parameters(), *part.named_buffers()]
         found |= {f"{prefix}.{name}": Learned(t, part.axes.get(name, ())) for name, t in tensors if name in kept}
-    trainable = set(map(id, model.trainable().values()))
-    return {name: each for name, each in found.items() if id(each.parameter) in trainable or not _is_parameter(each)}
+    ours = {id(p) for p in (*model.trainable().values(), *model.rule.parameters())}  # fixed coefficients too
+    return {name: each for name, each in found.items() if id(each.parameter) in ours or not _is_parameter(each)}
 
 
 def _is_parameter(learned: Learned) -> bool:
@@ -48,7 +48,8 @@ def train_only(model: MergedModel, pattern: str | None) -> None:
     Raises:
         InputError: No regular expression, or one that matches nothing.
     """
-    names = {n: each.parameter for n, each in learnables_of(model).items() if _is_parameter(each)}
+    trainable = set(map(id, model.trainable().values()))
+    names = {n: each.parameter for n, each in learnables_of(model).items() if id(each.parameter) in trainable}
     try:
         chosen = [name for name in names if pattern is None or re.match(pattern, name)]
     except re.error as error:
@@ -57,6 +58,11 @@ def train_only(model: MergedModel, pattern: str | None) -> None:
         raise InputError(f"`train` is '{pattern}', which matches no learnable; there are {some(names)}.")
     for name, parameter in names.items():
         parameter.requires_grad_(name in chosen)
+
+
+def trained_names(model: MergedModel) -> tuple[str, ...]:
+    """The names of the learnables that are trained now."""
+    return tuple(name for name, each in learnables_of(model).items() if each.parameter.requires_grad)
 
 
 def saved_state_of(model: MergedModel) -> dict[str, Tensor]:

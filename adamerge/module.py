@@ -14,6 +14,7 @@ from adamerge.backbones.base import batch_size
 from adamerge.blocks import recorded_blocks
 from adamerge.evaluation import confusion, score
 from adamerge.finite import FiniteWatch
+from adamerge.learnables import trained_names
 from adamerge.loops import Joint, Loop
 from adamerge.loops.tally import Terms, Weighted
 from adamerge.merged import MergedModel
@@ -269,7 +270,8 @@ class AdaMerge(pl.LightningModule):
         checkpoint["state_dict"] = {}
         state = training_state(self.model, self.trainer.optimizers)
         teachers = self._teachers.keys if self._teachers is not None else {}
-        checkpoint["adamerge"] = {**state, "phase": self._phase, "teachers": dict(teachers)}
+        run = {"phase": self._phase, "trained": list(trained_names(self.model)), "teachers": dict(teachers)}
+        checkpoint["adamerge"] = {**state, **run}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         restore(self.model, checkpoint)

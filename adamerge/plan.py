@@ -9,10 +9,11 @@ from adamerge.opened import Opened
 from adamerge.report import duration, gigabytes, shown
 
 
-def plan(job: Job, opened: Opened, model: MergedModel, ends: Sequence[int], world_size: int, folder: Path) -> str:
+def plan(
+    job: Job, opened: Opened, model: MergedModel, ends: Sequence[int], size: int, world_size: int, folder: Path
+) -> str:
     """A line each: tasks, what is merged, what is learned on what, memory, time, directory."""
     space, tasks = opened.space, model.tasks
-    size = sum(parameter.numel() for parameter in model.trainable().values())
     vectors = sum(
         model.vectors.deltas(name).dtype.itemsize * shape.numel() for name, shape in space.shapes.items()
     ) * len(tasks)

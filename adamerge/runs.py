@@ -114,8 +114,8 @@ def tell(folder: Path) -> Told:
 
 
 def _told(folder: Path, record: dict[str, Any]) -> Told:
-    parts = [*record["transforms"], record["rule"]]
-    objectives = " + ".join(_name(each) for each in record.get("objectives") or ())
+    parts = [*record["transforms"], record["rule"], *record["task_modules"]]
+    objectives = " + ".join(dict.fromkeys(map(_name, record.get("objectives") or ())))
     scores = {
         str(row): {str(t): float(v) for t, v in each.items()} for row, each in (record.get("scores") or {}).items()
     }
@@ -124,7 +124,7 @@ def _told(folder: Path, record: dict[str, Any]) -> Told:
     return Told(
         folder,
         "finished" if over else "stopped early",
-        ", ".join(_name(part) for part in parts) + (f" / {objectives}" if objectives else ""),
+        ", ".join(map(_name, parts)) + (f" / {objectives}" if objectives else ""),
         len(record["classes"]),
         int(steps) if steps is not None else _logged_steps(folder),
         scores,

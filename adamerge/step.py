@@ -39,10 +39,17 @@ class Step:
     ) -> None:
         self._learnables, self._device, self._at_once, self._pull = learnables, device, at_once, pull
         self._pending: list[Tensor] = []
+        self.reached = False  # some loss depends on what is trained
         self.gradients: dict[str, Tensor] = {}
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradient of a loss [], outside of autocast; in `swap` mode, when the step ends."""
+        """Accumulate the gradient of a loss [], outside of autocast; in `swap` mode, when the step ends.
+
+        A loss that depends on nothing that is trained adds nothing.
+        """
+        if not loss.requires_grad:
+            return
+        self.reached = True
         self._pending.append(loss)
         if not self._at_once:
             self.flush()

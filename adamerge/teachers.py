@@ -122,6 +122,10 @@ class Keeper:
         precision: The name of the one computed in.
         context: The precision to compute in.
         convert: Brings a batch into it.
+
+    Attributes:
+        draws: How many samples of each task the coming phase takes; where there are more, none is taken twice, and
+            nothing new is kept.
     """
 
     def __init__(
@@ -135,6 +139,7 @@ class Keeper:
     ) -> None:
         self._data, self._device, self._token, self._precision = data, device, token, precision
         self._context, self._convert = context, convert
+        self.draws = float("inf")
         self._own: list[Path] = []
         self._taken: dict[str, int] = {}  # bytes by key
 
@@ -150,6 +155,8 @@ class Keeper:
                 opened.space.skip, self._precision,
             )  # fmt: skip
             widths = {FEATURES: opened.width, LOGITS: len(opened.classes[task]), BLOCKS: sum(opened.blocks.values())}
+            if not self._worth("experts", task, key):
+                continue
             if not self._fits({key: 4 * len(self._samples(task)) * sum(widths[name] for name in wanted)}):
                 log.info(
                     "What experts say does not fit into `data.cache_limit` from %s on: computed at every step.", task
@@ -175,6 +182,8 @@ class Keeper:
         }
         if len(tasks) < len(model.tasks):
             return {}
+        if not all(self._worth("merged", task, key) for task, key in keys.items()):
+            return {}
         if not self._fits({keys[task]: 4 * len(self._samples(task)) * width for task in tasks}):
             log.info("Merged features do not fit into `data.cache_limit`: computed at every step.")
             return {}
@@ -190,6 +199,10 @@ class Keeper:
         for folder in self._own:
             rmtree(folder, ignore_errors=True)
             Path(f"{folder}.lock").unlink(missing_ok=True)
+
+    def _worth(self, kind: str, task: str, key: str) -> bool:
+        """Some sample is taken twice, or was run through before."""
+        return self.draws > len(self._samples(task)) or (cache_dir() / kind / key).exists()
 
     def _fits(self, sizes: Mapping[str, int]) -> bool:
         """Take room for so many bytes under these keys, if there is as much left in the whole run."""

@@ -3,14 +3,12 @@
 import logging
 import resource
 import time
-import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import accumulate, islice
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -20,9 +18,8 @@ from adamerge.config import parse
 from adamerge.data import UnlabeledTasks
 from adamerge.evaluation import Scores, baselines, evaluate
 from adamerge.job import Job, RunOptions
-from adamerge.learnables import train_only
+from adamerge.learnables import learnables_of
 from adamerge.merged import MergedModel
-from adamerge.module import AdaMerge, adam
 from adamerge.multitask import MultiTaskModel
 from adamerge.opened import Opened
 from adamerge.plan import plan
@@ -31,10 +28,11 @@ from adamerge.recipe import Recipe
 from adamerge.report import gain, score_table, shown, write_plots
 from adamerge.resume import restore
 from adamerge.run_folder import about, make_folder
-from adamerge.teachers import EXPERT, Keeper, Teachers
+from adamerge.stages import run_stages, stages_of
+from adamerge.teachers import Teachers
 from adamerge.terminal import progress_console
 from adamerge.tracking import tracked
-from adamerge.trainers import add_to_run, eval_limit, fit, make_trainer, read_checkpoint, terse_lightning
+from adamerge.trainers import add_to_run, eval_limit, make_trainer, read_checkpoint, terse_lightning
 from adamerge.types import InputError
 
 log = logging.getLogger("adamerge")
@@ -116,7 +114,7 @@ def _execute(job: Job) -> Run:
     raw = opened.load_vectors()
     model = trainer.precision_plugin.convert_module(opened.merged(raw)).to(device)
     teachers = Teachers(opened, model)
-    stages = _stages(job, model, teachers, trainer.max_steps, held)
+    stages = stages_of(job, trainer, model, teachers, held)
     if any("labels" in stage.module.needs for stage in stages):
         job.data.check_labels()
     record = {**once(trainer, lambda: opened.record(model)), **about(job)}
@@ -124,12 +122,13 @@ def _execute(job: Job) -> Run:
         artifact.start_from(job.recipe.init_from, model, record)
     if held:
         restore(model, held)
-    size = sum(parameter.numel() for parameter in model.trainable().values())
+    trained = set().union(*(stage.trained for stage in stages))
+    size = sum(each.parameter.numel() for name, each in learnables_of(model).items() if name in trained)
     folder = once(trainer, lambda: make_folder(job, 40 * size))
     if job.data.split == job.data.eval_split:
         log.warning("Adapting on the split '%s' that is also evaluated on: scores are transductive.", job.data.split)
     ends = [stage.end for stage in stages]
-    log.info("%s", plan(job, opened, model, ends, trainer.world_size, folder))
+    log.info("%s", plan(job, opened, model, ends, size, trainer.world_size, folder))
 
     def scored(candidate: MultiTaskModel, tasks: Sequence[str]) -> Scores:
         loaders = job.data.eval_loaders(trainer.global_rank, trainer.world_size)
@@ -154,7 +153,9 @@ def _execute(job: Job) -> Run:
     add_to_run(trainer, job, folder, lambda: save(scores, finished=False))
     with tracked(trainer, folder, model.rule, scores, plot_every=job.run.plot_every, checkpoint=checkpoint):
         start = time.perf_counter()
-        _train(job, trainer, model, stages, teachers, checkpoint, held, lambda: save(scores, finished=False))
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        run_stages(job, trainer, model, stages, teachers, checkpoint, held, lambda: save(scores, finished=False))
         cost |= {"seconds": round(time.perf_counter() - start, 3), "peak_memory": _peak_memory(device)}
         artifact.round_as_saved(model)
         once(trainer, lambda: save(scores))
@@ -164,92 +165,6 @@ def _execute(job: Job) -> Run:
     if not trainer.fast_dev_run:
         once(trainer, lambda: _plot(folder, model, scores))
     return Run(folder, scores, model.folded(), model)
-
-
-class _Stage(NamedTuple):
-    module: AdaMerge
-    train: str | None
-    end: int  # the optimiser step that it ends at; -1 where the trainer's other limits end it
-
-
-def _stages(job: Job, model: MergedModel, teachers: Teachers, max_steps: int, held: Mapping[str, Any]) -> list[_Stage]:
-    """The recipe's phases, each with its module; all of them are checked before the first is trained."""
-    phases = job.recipe.phases
-    if held and held["adamerge"]["phase"] >= len(phases):
-        raise InputError(
-            f"`ckpt_path` was made in phase {held['adamerge']['phase'] + 1}; this run has {len(phases)} in all. Resume "
-            "with the same `model.phases`."
-        )
-    if len(phases) > 1 and max_steps < 1:
-        raise InputError("`model.phases` share `trainer.max_steps` among them; give it a number.")
-    shares = list(accumulate(phase.share for phase in phases))
-    ends = [round(max_steps * share / shares[-1]) for share in shares] if max_steps > 0 else [-1]
-    stages = []
-    for number, (phase, end) in enumerate(zip(phases, ends, strict=True)):
-        train_only(model, phase.train)
-        module = AdaMerge(
-            model,
-            objectives=phase.objectives,
-            loop=phase.loop,
-            optimizer=phase.optimizer or adam,
-            lr_scheduler=phase.lr_scheduler,
-            num_classes=job.data.num_classes,
-            seed=job.seed_everything,
-            teachers=teachers,
-            phase=number,
-        )
-        stages.append(_Stage(module, phase.train, end))
-    train_only(model, None)
-    return stages
-
-
-def _train(
-    job: Job,
-    trainer: pl.Trainer,
-    model: MergedModel,
-    stages: Sequence[_Stage],
-    teachers: Teachers,
-    checkpoint: str | None,
-    held: Mapping[str, Any],
-    save: Callable[[], None],
-) -> None:
-    """One phase after the other, from the one that the checkpoint was made in; the merge is saved between them."""
-    first = held["adamerge"]["phase"] if held else 0
-    if trainer.fast_dev_run:
-        trainer.fit_loop.max_epochs = -1  # its one epoch would end with the first phase
-    plugin, device = trainer.precision_plugin, trainer.strategy.root_device
-    token = once(trainer, lambda: uuid.uuid4().hex)
-    keeper = Keeper(job.data, device, token, str(trainer.precision), plugin.forward_context, plugin.convert_input)
-    try:
-        for number, stage in enumerate(stages[first:], start=first):
-            resumed = checkpoint if number == first else None
-            if stage.end >= 0:
-                if stage.end <= trainer.global_step and resumed is None:
-                    continue
-                trainer.fit_loop.epoch_loop.max_steps = stage.end
-            train_only(model.to(device), stage.train)
-            _prepare(job, stage.module, keeper, teachers)
-            fit(trainer, stage.module, job.data, resumed)
-            if stage is not stages[-1]:
-                once(trainer, save)
-    finally:
-        keeper.close()
-
-
-def _prepare(job: Job, module: AdaMerge, keeper: Keeper, teachers: Teachers) -> None:
-    """Set the training stream up for a phase: its tasks' order, its labels, and what is known of the samples."""
-    data, model, wanted = job.data, module.model, module.needs & EXPERT
-    data.labels = "labels" in module.needs
-    data.slot = partial(module.loop.slot, tasks=model.tasks, seed=job.seed_everything)
-    known: dict[str, dict[str, Any]] = keeper.experts(teachers, wanted) if wanted else {}
-    inside = any(part.inside for task in model.tasks for part in model.chain(task))
-    whole = all(wanted <= set(known.get(task, {})) for task in model.tasks)
-    if model.is_fixed and not inside and not module.block_names and whole:
-        for task, merged in keeper.merged(teachers).items():
-            known.setdefault(task, {}).update(merged)
-    # objectives of others may look at the samples, which every batch is said to hold
-    data.inputs = any(not type(objective).__module__.startswith("adamerge.") for objective in module.objectives)
-    data.tables = known
 
 
 def _peak_memory(device: torch.device) -> int:

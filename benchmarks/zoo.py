@@ -63,7 +63,8 @@ def agreement(run: Ran) -> dict[str, float]:
                 losses.append(-fmean(since))
                 scores.append(score)
                 start = step
-        found[task] = float(spearman_corrcoef(torch.tensor(losses), torch.tensor(scores)))
+        if len(set(scores)) > 1:  # else there is nothing to agree with
+            found[task] = float(spearman_corrcoef(torch.tensor(losses), torch.tensor(scores)))
     return found
 
 
@@ -81,7 +82,7 @@ def agreements(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
         (row,) = [row for row in comparison.rows if row.name == recipe.stem]
         if named is not None:
             runs = [agreement(run) for run in row.runs]
-            per_task = [fmean(run[task] for run in runs) for task in comparison.tasks]
+            per_task = [fmean(run[task] for run in runs if task in run) for task in comparison.tasks]
             rows.append([recipe.stem, named, *(f"{each:+.2f}" for each in per_task), f"{fmean(per_task):+.2f}"])
     return ["", "minimises", *comparison.tasks, "mean"], rows
 

@@ -1,6 +1,6 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
@@ -12,7 +12,13 @@ if TYPE_CHECKING:
 
 
 class Loop(Recorded, ABC):
-    """step: (module, {task: batch}) -> what `training_step` returns, a scalar with all gradients behind it."""
+    """step: (module, {task: batch}) -> what `training_step` returns, a scalar with all gradients behind it.
+
+    Attributes:
+        smallest_batch: Samples that a task's batch must have.
+    """
+
+    smallest_batch: ClassVar[int] = 1
 
     def problems(self, module: "AdaMerge") -> Iterator[str]:
         """What in the module this loop cannot work with, one sentence each; asked before training. Default: nothing."""

@@ -1,7 +1,7 @@
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from adamerge.backbones.base import batch_size
 from adamerge.learnables import learnables_of
-from adamerge.loops.joint import Joint, part_of
+from adamerge.loops.joint import Joint, check_reached, part_of
 from adamerge.loops.tally import Tally, counts_of
 from adamerge.ranks import sum_over_ranks, world_size
 from adamerge.types import Batch, InputError, some
@@ -45,6 +45,8 @@ class Bilevel(Joint):
     Source: Concrete AdaMerging, arXiv 2312.06173. Deviations from its code: the inner gradient is taken at the current
     mask, not at the weights of the step before; the inner optimiser keeps no moments from step to step.
     """
+
+    smallest_batch: ClassVar[int] = 2  # one for each level
 
     def __init__(
         self,
@@ -116,6 +118,7 @@ class Bilevel(Joint):
             for _ in self.passes(module, step, tally, second):
                 pass
             penalties = module.penalize(step)
+        check_reached(step, module, batches)
         if self._second_order:
             toward = {name: _averaged(step.gradients[name]) for name in inner}
             for name, gradient in self._through(module, first, inner, outer, toward).items():
@@ -130,6 +133,10 @@ class Bilevel(Joint):
             for _ in self.passes(module, step, tally, batches):
                 pass
             penalties = module.penalize(step)
+        if not step.reached:
+            raise InputError(
+                f"`loop.inner` names {some(inner)}, of which the objectives say nothing; name what they depend on."
+            )
         losses = [value for terms in tally.values().values() for value in terms.values()]
         module.note("train/inner_loss", torch.stack([*losses, *penalties.values()]).sum())
         return {name: _averaged(gradient) for name, gradient in step.gradients.items()}

@@ -5,12 +5,13 @@ import torch
 from torch import Tensor
 
 from adamerge.backbones.base import batch_size
+from adamerge.learnables import trained_names
 from adamerge.loops.base import Loop
 from adamerge.loops.min_norm import gram, min_norm_weights
 from adamerge.loops.tally import Tally, counts_of
 from adamerge.ranks import sum_over_ranks, world_size
 from adamerge.step import Step
-from adamerge.types import Batch, InputError
+from adamerge.types import Batch, InputError, some
 
 if TYPE_CHECKING:
     from adamerge.module import AdaMerge
@@ -26,7 +27,7 @@ class Joint(Loop):
             filter samples cost one more forward then, to know their counts first.
         combine: How the tasks' gradients of the rule become one: their `sum`, or the shortest vector in their convex
             hull, `min_norm`, along which no task's loss rises at first order. That costs one contraction with the task
-            vectors for each task. Gradients of task modules are added in both.
+            vectors and one gradient of the learnables for each task. Gradients of task modules are added in both.
 
     Raises:
         InputError: `micro_batch` below 1.
@@ -48,8 +49,10 @@ class Joint(Loop):
     def problems(self, module: "AdaMerge") -> Iterator[str]:
         model = module.model
         split = model.apply_mode == "leaf" and not self._concatenates(module)
+        wrong = [] if model.apply_mode == "leaf" else ["`apply_mode: leaf`"]
+        wrong += ["`loop.order: per_task`"] if self.order == "concatenated" else []
+        advice = f"use {' and '.join(wrong)}"
         inside = sorted({type(part).__name__ for task in model.tasks for part in model.chain(task) if part.inside})
-        advice = "use `apply_mode: leaf` and `loop.order: per_task`"
         if inside and not split:
             yield f"{', '.join(inside)} works inside the network, for one task at a time: {advice} with it."
         if module.block_names and not split:
@@ -74,6 +77,7 @@ class Joint(Loop):
                 if self.combine == "min_norm":
                     apart.append(step.taken())
             penalties = module.penalize(step)
+        check_reached(step, module, batches)
         if apart:
             for name, gradient in _combined(apart).items():
                 step.gradients[name] += gradient
@@ -112,6 +116,16 @@ class Joint(Loop):
             return None
         passed = [counts_of(module.terms(module.respond(task, part), part)) for part in parts]
         return sum_over_ranks(torch.stack(passed).sum(0))
+
+
+def check_reached(step: Step, module: "AdaMerge", batches: Mapping[str, Batch]) -> None:
+    """Refuse a step of all tasks whose losses depend on nothing that is trained."""
+    if not step.reached and len(batches) == len(module.model.tasks):
+        objectives = " + ".join(type(objective).__name__ for objective in module.objectives)
+        raise InputError(
+            f"No loss depends on what is trained: {objectives} says nothing of {some(trained_names(module.model))}. "
+            "Choose another objective, or other learnables in `train`."
+        )
 
 
 def part_of(batch: Batch, part: slice) -> Batch:

@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Literal
@@ -56,8 +57,12 @@ class Concrete(MergeRule):
         saved_as: Literal["float32", "bfloat16"] = "float32",
     ) -> None:
         super().__init__(vectors)
-        if temperature <= 0:
-            raise InputError(f"`rule.temperature` is {temperature}; it is above 0.")
+        if not 0 < temperature < math.inf:
+            raise InputError(f"`rule.temperature` is {temperature}; it is a number above 0.")
+        if not (math.isfinite(logit) and 0 <= density < math.inf):
+            raise InputError(
+                f"`rule.logit` is {logit} and `rule.density` {density}; both are numbers, density not below 0."
+            )
         self.inner = rule(vectors)
         if not isinstance(self.inner, LayerWise):
             raise InputError(

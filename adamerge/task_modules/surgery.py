@@ -17,14 +17,15 @@ from adamerge.types import InputError, TaskInfo
 class Surgery(TaskModule):
     """Takes a low-rank bias out of the task's features: z - up relu(down z), features [B, D] -> [B, D].
 
-    Identity at the start: `down` [rank, D] is random, `up` [D, rank] zero.
+    Identity at the start, but for `normalize`: `down` [rank, D] is random, `up` [D, rank] zero.
 
     Args:
         task: The task, with the width of its features, the network's blocks and a seed.
         rank: Inner width of an adapter.
         deep: An adapter of its own also after every block of the network, on all tokens; the next block takes what it
             gives.
-        normalize: Scale the features to length one before.
+        normalize: Scale the features to length one before. For heads that do so too, as CLIP's, and for experts'
+            features that are compared in the same way (`FeatureDistillation.normalize`).
 
     Raises:
         InputError: A rank below 1, features of unknown width, or no blocks to go deep into.
