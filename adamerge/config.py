@@ -1,6 +1,5 @@
 """The configuration's language: one parser for the command line, files, and `adamerge.train`."""
 
-import copy
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -108,7 +107,7 @@ def parse(config: str | Path | Sequence[str | Path] | Mapping[str, Any], overrid
     parser = make_parser()
     try:
         if isinstance(config, Mapping):
-            parsed = parser.parse_object(copy.deepcopy(dict(config)))  # the parser writes into it
+            parsed = parser.parse_object(_copied(config))  # the parser writes into it
         else:
             paths = [config] if isinstance(config, (str, Path)) else config
             parsed = parser.parse_args([f"--config={path}" for path in paths])
@@ -218,6 +217,13 @@ def _short(error: Exception) -> str:
         "that: --config OTHER --config FILE)"
     )
     return text + (hint if "required" in text else "")
+
+
+def _copied(value: Any) -> Any:
+    """Mappings and lists of one's own around the same values."""
+    if isinstance(value, Mapping):
+        return {key: _copied(item) for key, item in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, list) else value
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """A step that leaves the finite numbers is undone, and remembered on the device."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,10 +14,12 @@ class FiniteWatch:
     Args:
         tasks: The T tasks.
         device: Where values are looked at.
+        bounded: Names of learnables that cannot make a loss infinite while they are finite themselves. They stay where
+            a loss was; no copy of them is held between steps.
     """
 
-    def __init__(self, tasks: Sequence[str], device: torch.device) -> None:
-        self._tasks = tuple(tasks)
+    def __init__(self, tasks: Sequence[str], device: torch.device, bounded: Collection[str] = ()) -> None:
+        self._tasks, self._bounded = tuple(tasks), frozenset(bounded)
         self._first = torch.full((len(tasks) + 1,), -1, device=device, dtype=torch.int64)  # per task, then the update's
         self._good: dict[str, Tensor] = {}  # the learnables that last gave a finite loss
 
@@ -31,11 +33,12 @@ class FiniteWatch:
     @torch.no_grad()
     def gradients(self, learnables: Mapping[str, Tensor], step: int) -> None:
         """Before an update: keep what gave finite losses, look at the gradients, let no NaN into the optimiser."""
-        if not self._good:
-            self._good = {name: learnable.detach().clone() for name, learnable in learnables.items()}
         good = (self._first < 0).all()
         for name, learnable in learnables.items():
-            torch.where(good, learnable, self._good[name], out=self._good[name])
+            if name in self._good:
+                torch.where(good, learnable, self._good[name], out=self._good[name])
+            else:
+                self._good[name] = learnable.detach().clone()
         gradients = [learnable.grad for learnable in learnables.values() if learnable.grad is not None]
         if gradients:
             self._look(_total(gradients), slice(-1, None), step)
@@ -49,6 +52,8 @@ class FiniteWatch:
         good = (self._first < 0).all()
         for name, learnable in learnables.items():
             learnable.copy_(torch.where(good, learnable, self._good[name]))
+            if name in self._bounded:
+                del self._good[name]
 
     def raise_if_marked(self) -> None:
         """Look at the marks; waits for the device. They are equal on all ranks: what they are of was reduced before.

@@ -79,8 +79,12 @@ class AdaMerge(pl.LightningModule):
         self.noise = seed
         self._latest: dict[str, Tensor] = {}  # what was last said of each task
         self.block_names: Sequence[str] = teachers.blocks if teachers is not None and BLOCKS in self.needs else ()
-        self.finite = FiniteWatch(model.tasks, model.device)
+        self.finite = FiniteWatch(model.tasks, model.device, self._bounded())
         raise_all(self._problems(), "the training set-up")
+
+    def _bounded(self) -> list[str]:
+        begins = tuple(f"rule.{prefix}" for prefix in self.model.rule.bounded)
+        return [name for name in self.model.learnables() if begins and name.startswith(begins)]
 
     def _problems(self) -> Iterator[str]:
         if not self.model.learnables():
@@ -125,7 +129,7 @@ class AdaMerge(pl.LightningModule):
     def on_fit_start(self) -> None:
         self._stack.close()
         self._fixed.close()
-        self.finite = FiniteWatch(self.model.tasks, self.device)
+        self.finite = FiniteWatch(self.model.tasks, self.device, self._bounded())
 
     def training_step(self, batch: Mapping[str, Batch], batch_idx: int) -> Tensor:
         k = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed

@@ -79,7 +79,7 @@ def _ends(phases: Sequence[Phase], trainer: pl.Trainer) -> list[int]:
     """The optimiser steps at which the phases end, in proportion to their shares; each has one at least."""
     if len(phases) == 1:
         return [max(-1, trainer.max_steps)]
-    steps = len(phases) * trainer.max_steps if trainer.fast_dev_run else trainer.max_steps
+    steps = max(trainer.max_steps, len(phases)) if trainer.fast_dev_run else trainer.max_steps
     timed = any(isinstance(callback, pl.callbacks.Timer) for callback in trainer.callbacks)
     other = [*(["max_time"] if timed else []), *(["max_epochs"] if (trainer.max_epochs or -1) > 0 else [])]
     if steps < len(phases) or (other and not trainer.fast_dev_run):

@@ -66,9 +66,9 @@ def trained(folder: str, *, kept: bool, decoded: bool) -> tuple[float, dict[str,
         original(job, *arguments)
         seconds.append(time.perf_counter() - start)
 
-    original = training._train
+    original = training.run_stages
     with ExitStack() as stack:
-        stack.enter_context(patch.object(training, "_train", timed))
+        stack.enter_context(patch.object(training, "run_stages", timed))
         if not kept:
             stack.enter_context(patch.object(Recipe, "open", in_memory(Recipe.open)))
             for method in ("experts", "merged"):

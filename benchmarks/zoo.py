@@ -28,11 +28,12 @@ PAGE = """# Results
 
 Accuracy in % on the test pictures of the embedded zoo: eight experts fine-tuned from one small CLIP, merged. The
 recipes `configs/recipes/zoo_*.yaml` adapt on unlabeled pictures that are neither trained nor tested on;
-`demo_supervised` learns from the labels of the same pictures. Means over the seeds 0, 1, 2, ± their standard deviation;
-a process for each run on one thread. Seconds are of training with ten validations and with what it kept of the experts
-on disk; memory is the whole process's. The zoo is made once on each machine, so that figures move a little from one to
-the next. The image tower has 0.12 million parameters; the 500 test pictures of `scans` are drawn with repetition from
-500 scans that no other split holds.
+`demo_supervised` learns from the labels of the same pictures. Means over the seeds 0, 1, 2, ± their standard
+deviation; a process for each run. Seconds are of training, ten validations and the experts' answers included, on
+cores that were busy with other work: they say what is long and what is short, no more. Memory is the whole process's.
+The zoo is made once on each machine, so that figures move a little from one to the next. The image tower has 0.12
+million parameters; the 500 test pictures of `scans` are drawn with repetition from 500 scans that no other split
+holds.
 
 ```sh
 python benchmarks/zoo.py --write docs/results.md
@@ -42,11 +43,13 @@ python benchmarks/zoo.py --write docs/results.md
 
 ## Does the loss tell?
 
-Spearman's rank correlation along training between a task's falling loss and its rising test accuracy, at ten points of
-a run, mean over the seeds. Near 1 the loss tells what the accuracy does; below 0 the merge gets worse while its loss
-gets better. Of the recipes with one phase; each by what it minimises.
+Spearman's rank correlation along training between a task's falling loss and its rising test accuracy, at ten points
+of a run, mean over the seeds. Near 1 the loss tells what the accuracy does, near 0 nothing moves together any more
+(distillation is done after the first tenth); below 0 the merge gets worse while its loss gets better. Of the recipes
+with one phase; each by what it minimises.
 
 {agreement}
+
 """
 
 

@@ -382,8 +382,8 @@ class Odd(MergeRule):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (partial(Concrete, temperature=0.0), r"`rule.temperature` is 0.0; it is above 0"),
-        (partial(Concrete, temperature=-1.0), r"`rule.temperature` is -1.0; it is above 0"),
+        (partial(Concrete, temperature=0.0), r"`rule.temperature` is 0.0; it is a number above 0"),
+        (partial(Concrete, temperature=-1.0), r"`rule.temperature` is -1.0; it is a number above 0"),
         (partial(Concrete, rule=Odd), r"`rule.rule` makes a Odd; a mask stands over LayerWise or TaskWise"),
         (partial(Concrete, rule=Concrete), r"`rule.rule` makes a Concrete; a mask stands over LayerWise or TaskWise"),
         (partial(LayerWise, penalties={"l3": 1.0}), r"`rule.penalties` names \['l3'\]; there are l1, l2, distance"),

@@ -51,8 +51,10 @@ START = {"raw_TG": 0.3, "logits": 0.0, "up": 0.0, "offset": 0.0}
 
 def moved(run):
     """Of each kind of learnable at least one is not where it started."""
-    kinds = {}
+    kinds, trainable = {}, set(map(id, run.learned.trainable().values()))
     for name, learned in learnables_of(run.learned).items():
+        if id(learned.parameter) not in trainable:
+            continue  # fixed coefficients
         kind = next((kind for kind in START if re.search(rf"\.{kind}\b|\.{kind}_", name)), None)
         if kind is not None:
             kinds.setdefault(kind, []).append(bool((learned.parameter != START[kind]).any()))

@@ -170,7 +170,7 @@ def test_task_modules_stand_beside_the_model(clips, tmp_path, caplog):
         adamerge.export(run.dir, tmp_path / "out")
     exported = adamerge.export(run.dir, tmp_path / "out", trust=True)
     assert exported.difference <= 1e-5
-    assert "Task modules do not fold into one dense model: Offset stand beside it" in caplog.text
+    assert "Task modules do not fold into one dense model: Offset goes beside it" in caplog.text
     beside = load_file(tmp_path / "out" / "task_modules.safetensors")
     assert set(beside) == {"cats.0.offset", "dogs.0.offset"}
     live = run.merge.chain("cats")[0].offset

@@ -365,7 +365,7 @@ def test_a_batch_must_have_two_halves(config, batch_size):
     if batch_size == 2:
         adamerge.train(plain)
     else:
-        with pytest.raises(InputError, match=r"splits each batch in two, but `data.batch_size` is 1 \(a\)"):
+        with pytest.raises(InputError, match=r"`data.batch_size` is 1; Bilevel needs at least 2"):
             adamerge.train(plain)
 
 

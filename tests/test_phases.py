@@ -97,9 +97,9 @@ def test_a_phase_moves_what_it_names_and_nothing_else(phased, caplog):
     ("shares", "steps", "ends"),
     [
         ((1, 1), 2, [1, 2]),
-        ((1, 1), 1, [0, 1]),
         ((1, 1, 1), 7, [2, 5, 7]),
-        ((9, 1), 4, [4, 4]),
+        ((9, 1), 4, [3, 4]),
+        ((1, 0.01, 1), 4, [2, 3, 4]),
         ((0.25, 0.5), 3, [1, 3]),
     ],
 )
@@ -109,6 +109,38 @@ def test_shares_divide_the_steps(phased, shares, steps, ends, limit):
     _, watch = watched(phased(phases, trainer={limit: steps}))
     numbers = [module._phase for module in watch.modules]
     assert numbers == [phase for phase, (a, b) in enumerate(zip([0, *ends], ends, strict=False)) for _ in range(a, b)]
+
+
+def test_every_phase_has_a_step(phased):
+    with pytest.raises(InputError, match=r"give it a number, and no other limit; 1 steps are too few for them"):
+        adamerge.train(phased(trainer={"max_steps": 1}))
+    _, watch = watched(phased(trainer={"fast_dev_run": 1}))
+    assert [module._phase for module in watch.modules] == [0, 1]
+    for limit in ({"max_time": "00:00:01:00"}, {"max_epochs": 2, "limit_train_batches": 3}):
+        with pytest.raises(InputError, match=rf"`trainer\.{next(iter(limit))}` would end one of them early"):
+            adamerge.train(phased(trainer=limit))
+
+
+def test_a_phase_that_is_ended_early_is_said(phased, caplog):
+    class Stop(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.should_stop = trainer.global_step == 2
+
+    plain = phased()
+    plain["trainer"]["callbacks"] = [Stop()]
+    adamerge.train(plain)
+    assert "Phase 1 has ended at step 2, before 3." in caplog.text
+
+
+@pytest.mark.parametrize("change", [{"train": "rule.raw"}, {"train": "task"}], ids=["the same", "another"])
+def test_a_resumed_phase_trains_what_it_trained(config, change):
+    run = adamerge.train(config({"task_modules": [SURGERY], "train": "rule", "objectives": [DISTILL]}))
+    again = config({"task_modules": [SURGERY], **change, "objectives": [DISTILL]}, trainer={"max_steps": 6})
+    if change["train"] == "task":
+        with pytest.raises(InputError, match=r"was training rule\.raw_TG where this run trains task\.a\.0\.down"):
+            adamerge.train(again, ckpt_path=str(run.dir))
+    else:
+        adamerge.train(again, ckpt_path=str(run.dir))
 
 
 def test_each_phase_has_its_own_settings(phased):
@@ -213,7 +245,7 @@ def test_what_ends_the_second_phase_leaves_the_merge(phased, tmp_path, way, monk
     plain = phased(trainer={"callbacks": [Stop(5, signal.SIGTERM) if way == "SIGTERM" else Fail(5)]})
     if way == "between":
         plain = phased()
-        monkeypatch.setattr("adamerge.training.Keeper.experts", lambda *_: 1 / 0)
+        monkeypatch.setattr("adamerge.stages.Keeper.experts", lambda *_: 1 / 0)
     errors = {"SIGTERM": SystemExit, "exception": ValueError, "between": ZeroDivisionError}
     with pytest.raises(errors[way]):
         adamerge.train(plain)
@@ -279,8 +311,9 @@ def test_two_ranks_learn_in_phases_what_one_learns(phased, tmp_path):
     """What experts say is kept by one and read by both; half the batch on each."""
     import yaml
 
-    one = adamerge.train(phased(data={"batch_size": 4}), **{"run.name": "one"})
-    (tmp_path / "two.yaml").write_text(yaml.safe_dump(phased(data={"batch_size": 2, "seed": 0})))
+    long = {"max_steps": 24}  # the second phase takes samples twice, so that they are kept
+    one = adamerge.train(phased(data={"batch_size": 4}, trainer=long), **{"run.name": "one"})
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(phased(data={"batch_size": 2, "seed": 0}, trainer=long)))
     ddp = ["--trainer.strategy", "ddp", "--trainer.devices", "2", "--run.name", "two"]
     environment = {"ADAMERGE_CACHE": str(tmp_path / "fresh")}
     out, _ = finish(command("--config", tmp_path / "two.yaml", *ddp, env=environment))

@@ -70,6 +70,22 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
+@pytest.fixture(autouse=True)
+def worth(request, monkeypatch):
+    """A few steps are enough to keep what experts say, but in the test of when they are."""
+    if "when_it_is_worth" not in request.node.name:
+        monkeypatch.setattr(Keeper, "_worth", lambda *_: True)
+
+
+@pytest.mark.parametrize(("steps", "kept"), [(10, 0), (11, 3)])
+def test_samples_are_run_through_when_it_is_worth_it(taught, cache, steps, kept):
+    """40 samples, 4 a step: the eleventh step is the first to take one a second time."""
+    adamerge.train(taught(trainer={"max_steps": steps}))
+    assert len(list((cache / "experts").glob("*/kept.safetensors"))) == kept
+    adamerge.train(taught(trainer={"max_steps": 2}))  # what is there is used
+    assert len(list((cache / "experts").glob("*/kept.safetensors"))) == kept
+
+
 @pytest.fixture
 def taught(config):
     """A function that makes a configuration with distillation from the experts."""
@@ -373,7 +389,7 @@ def test_nothing_is_left_of_what_nobody_finds_again(taught, cache, way, monkeypa
     if way == "well":
         adamerge.train(plain)
     else:
-        monkeypatch.setattr("adamerge.training.fit" if way == "exception" else "adamerge.teachers.save_file", fail)
+        monkeypatch.setattr("adamerge.stages.fit" if way == "exception" else "adamerge.teachers.save_file", fail)
         with pytest.raises(ZeroDivisionError):
             adamerge.train(plain)
     assert [path for kind in ("experts", "merged") for path in cache.glob(f"{kind}/*")] == []

@@ -1,5 +1,5 @@
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -20,6 +20,7 @@ class MergeRule(Recorded, Learnable, ABC):
 
     Attributes:
         saved_as: The type that parameters are saved in, by the beginning of their names, where it is not their own.
+        bounded: The beginnings of names of parameters that give finite weights whatever finite values they have.
         axes: For each parameter, which of its axes run over `task` or `group`; they are saved with the names, and
             loading aligns them by name.
     """
@@ -27,6 +28,7 @@ class MergeRule(Recorded, Learnable, ABC):
     given: ClassVar[int] = 1
     axes: Mapping[str, tuple[str | None, ...]] = MappingProxyType({})
     saved_as: Mapping[str, torch.dtype] = MappingProxyType({})
+    bounded: Sequence[str] = ()
 
     def __init__(self, vectors: TaskVectors) -> None:
         super().__init__()

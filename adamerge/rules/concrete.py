@@ -44,6 +44,8 @@ class Concrete(MergeRule):
     and the mean is divided out of expected and binary masks too.
     """
 
+    bounded = ("logits.",)  # seen through a sigmoid alone
+
     def __init__(
         self,
         vectors: TaskVectors,
