@@ -129,13 +129,17 @@ def test_ctrl_c_ends_the_runs_and_says_how_to_go_on(files):
     process = subprocess.Popen(
         [sys.executable, "-c", command, "compare", *files, *options],
         **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background jobs ignore
     )
-    for _ in range(900):
-        time.sleep(0.1)
-        if any(path.stat().st_size > 100 for path in Path("runs").rglob("metrics.csv")):
-            break
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    try:
+        for _ in range(900):
+            time.sleep(0.1)
+            if any(path.stat().st_size > 100 for path in Path("runs").rglob("metrics.csv")):
+                break
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.terminate()  # if it is still there, it ends its runs
     assert process.returncode == 130, f"{out}\n{err}"
     assert "Stopped with 2 of 2 runs left; the same command goes on with them." in out
     assert err == "adamerge: stopped by Ctrl-C.\n"
