@@ -45,8 +45,8 @@ python benchmarks/zoo.py --write docs/results.md
 
 Spearman's rank correlation along training between a task's falling loss and its rising test accuracy, at ten points
 of a run, mean over the seeds. Near 1 the loss tells what the accuracy does, near 0 nothing moves together any more
-(distillation is done after the first tenth); below 0 the merge gets worse while its loss gets better. Of the recipes
-with one phase; each by what it minimises.
+(distillation has done most after the first tenth); below 0 the merge gets worse while its loss gets better. Of the
+recipes with one phase; each by what it minimises.
 
 {agreement}
 
