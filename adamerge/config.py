@@ -1,6 +1,7 @@
 """The configuration's language: one parser for the command line, files, and `adamerge.train`."""
 
 import logging
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -212,6 +213,9 @@ def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 def _short(error: Exception) -> str:
     text = " ".join(str(error).split())
+    # of an optional value the parser says what it is not, and repeats all of it
+    text = re.sub(r"Does not validate against any of the Union subtypes Subtypes: .*? Errors: - ", "", text)
+    text = re.sub(r" - Expected a <class 'NoneType'> Given value type: .*", "", text)
     hint = (
         " (name a configuration with --config FILE, or see --help; one that begins with `Stack on OTHER` goes behind "
         "that: --config OTHER --config FILE)"
