@@ -3,7 +3,7 @@
 import logging
 import resource
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -29,6 +29,7 @@ from adamerge.report import gain, score_table, shown, write_plots
 from adamerge.resume import restore
 from adamerge.run_folder import about, make_folder
 from adamerge.stages import run_stages, stages_of
+from adamerge.task_vectors import TaskVectors
 from adamerge.teachers import Teachers
 from adamerge.terminal import progress_console
 from adamerge.tracking import tracked
@@ -146,9 +147,7 @@ def _execute(job: Job) -> Run:
     scores: dict[str, Scores] = {}
     if job.run.baselines and job.data.eval_split is not None and not trainer.fast_dev_run:
         with progress_console(quiet=not trainer.is_global_zero).status("Scoring the baselines …"):
-            for name, candidate, tasks in baselines(model, raw):
-                with opened.buffers_of(tasks[0] if name.startswith("expert ") else None):
-                    scores[name] = scored(candidate, tasks)
+            scores |= _baseline_scores(opened, model, raw, scored)
     del raw
     add_to_run(trainer, job, folder, lambda: save(scores, finished=False))
     with tracked(trainer, folder, model.rule, scores, plot_every=job.run.plot_every, checkpoint=checkpoint):
@@ -165,6 +164,20 @@ def _execute(job: Job) -> Run:
     if not trainer.fast_dev_run:
         once(trainer, lambda: _plot(folder, model, scores))
     return Run(folder, scores, model.folded(), model)
+
+
+def _baseline_scores(
+    opened: Opened,
+    model: MergedModel,
+    raw: TaskVectors,
+    scored: Callable[[MultiTaskModel, Sequence[str]], Scores],
+) -> dict[str, Scores]:
+    """Scores of all merges that need no training; experts with their own buffers."""
+    scores = {}
+    for name, candidate, tasks in baselines(model, raw):
+        with opened.buffers_of(tasks[0] if name.startswith("expert ") else None):
+            scores[name] = scored(candidate, tasks)
+    return scores
 
 
 def _peak_memory(device: torch.device) -> int:

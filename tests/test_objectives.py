@@ -244,7 +244,7 @@ def mean_gradient_and_value(rank, world, folder):
 def test_diversity_of_two_ranks_is_that_of_one_with_all_samples(tmp_path):
     mean_gradient_and_value(0, 1, tmp_path)
     mp.spawn(mean_gradient_and_value, (2, tmp_path), nprocs=2)
-    alone, *pair = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
+    alone, *pair = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1"))
     assert alone["weight"].abs().max() > 1e-2
     for each in pair:
         for name in ("weight", "bias", "value"):
