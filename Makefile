@@ -1,9 +1,10 @@
 # Every target sets itself up: the first call makes .venv and installs the package into it.
 PYTHON ?= python3
 VENV ?= .venv
+LOWEST ?= .venv-lowest
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format types bench clean
+.PHONY: demo test test-lowest lint format types bench clean
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -15,6 +16,15 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --cov=adamerge --cov-report=term $(ARGS)
+
+# The whole suite on the oldest set of torch, lightning and transformers that is supported; pyproject.toml names them.
+test-lowest: $(LOWEST)/.installed
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+$(LOWEST)/.installed: pyproject.toml
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet "torch==2.10.0" "lightning==2.6.0" "transformers==4.57.6" --editable ".[dev]"
+	touch $@
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

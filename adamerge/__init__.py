@@ -25,6 +25,7 @@ _HOME = {
     "UnlabeledTasks": "adamerge.data",
     "export": "adamerge.exporting",
     "load": "adamerge.artifact",
+    "push_to_hub": "adamerge.pushing",
     "open_state": "adamerge.checkpoints",
     "train": "adamerge.training",
 }

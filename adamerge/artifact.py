@@ -1,6 +1,7 @@
 """A learned merge on disk: `merge.safetensors` holds the learnables, `merge.yaml` how to make it again."""
 
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from adamerge.checkpoints import open_state
 from adamerge.files import atomic_dir, digest
+from adamerge.hub import fetch, hub_id
 from adamerge.learnables import labels_of, load_state, saved_state_of, state_of
 from adamerge.merged import MergedModel
 from adamerge.multitask import MultiTaskModel
@@ -68,7 +70,8 @@ def load(path: str | Path, *, trust: bool = False, dtype: torch.dtype | None = N
     """A saved merge as one dense network for inference: model(batch, task="svhn") -> logits [B, C].
 
     Args:
-        path: A run's directory or its `merge` folder.
+        path: A run's directory, its `merge` folder, or the hub id of a merge that was pushed, with or without
+            `@revision`.
         trust: Also build classes from outside adamerge that the record names; do so only for merges you trust as you
             would code.
         dtype: Cast the merged network; the merge itself is computed in fp32.
@@ -149,6 +152,8 @@ def read_record(path: str | Path) -> tuple[Path, dict[str, Any]]:
         InputError: No merge there, of another format, or damaged.
     """
     folder = Path(path).expanduser()
+    if not folder.exists() and hub_id(str(path)):
+        folder = fetch(str(path))
     folder = folder / "merge" if (folder / "merge" / RECORD).exists() else folder
     try:
         record = yaml.safe_load((folder / RECORD).read_text())
@@ -172,17 +177,28 @@ def read_record(path: str | Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _recipe(record: Mapping[str, Any], trust: bool) -> Recipe:
-    sources = {who: entry["source"] for who, entry in record["sources"].items()}
+    sources = {who: _pinned(entry) for who, entry in record["sources"].items()}
+    backbone = deepcopy(record["backbone"])
+    options = backbone.get("init_args") or {}
+    if options.get("model") == record["sources"]["base"]["source"]:
+        options["model"] = sources["base"]
     return Recipe(
         sources["base"],
         {who.removeprefix("expert "): source for who, source in sources.items() if who.startswith("expert ")},
-        revive(record["backbone"], trust=trust),
+        revive(backbone, trust=trust),
         rule=revive(record["rule"], trust=trust, partial=True),
         transforms=revive(record["transforms"], trust=trust),
         task_modules=[revive(module, trust=trust, partial=True) for module in record["task_modules"]],
         space=SpaceOptions(**record["space"]),
         vectors=VectorOptions(**record["vectors"]),
     )
+
+
+def _pinned(entry: Mapping[str, Any]) -> str:
+    """A source as it was: of the hub, the commit that was merged, whatever its branch has become."""
+    source, revision = str(entry["source"]), entry.get("revision")
+    found = hub_id(source)
+    return source if not revision or found is None or source.startswith("hf-hub:") else f"{found.repo}@{revision}"
 
 
 def _foreign(record: Mapping[str, Any]) -> Iterator[str]:

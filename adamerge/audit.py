@@ -1,9 +1,11 @@
 """What can be wrong with a base and its experts: names, shapes and dtypes from the headers, values as they are read."""
 
 import logging
+import math
 import re
 from collections.abc import Iterator, Mapping
 from itertools import combinations
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +16,8 @@ from adamerge.space import ParamSpace
 from adamerge.types import raise_all, some
 
 log = logging.getLogger("adamerge")
+
+_SAMPLE, _ENOUGH = 4096, 2000  # weights of one tensor whose signs are compared; of all, to tell chance from descent
 
 
 def header_problems(space: ParamSpace, base: State, experts: Mapping[str, State]) -> Iterator[str]:
@@ -48,7 +52,7 @@ def _faults(space: ParamSpace, state: State) -> Iterator[str]:
                 shapes.append(f"{key} is {list(shape)}, the network's {list(expected[name])}")
             if name in space.shapes and not (dtype.is_floating_point and dtype.itemsize > 1):
                 dtypes.append(f"{key} is {str(dtype).removeprefix('torch.')}")
-        if len(held) > 1 and not all(torch.equal(state[held[0]], state[key]) for key in held[1:]):
+        if len(held) > 1 and state.has_values and not all(torch.equal(state[held[0]], state[key]) for key in held[1:]):
             ties.append(" and ".join(held))
     if shapes:
         yield f"other shapes: {some(shapes)}"
@@ -59,10 +63,18 @@ def _faults(space: ParamSpace, state: State) -> Iterator[str]:
 
 
 class ValueAudit:
-    """Watches (name, base, deltas) pass by and finds non-finite, zero and equal task vectors."""
+    """Watches (name, base, deltas) pass by and finds non-finite, zero, equal and unrelated task vectors.
 
-    def __init__(self, tasks: tuple[str, ...]) -> None:
-        self._tasks = tasks
+    Args:
+        tasks: The T names.
+        ancestry: Whether an expert that does not descend from the base is an error or a warning: one whose vector is
+            longer than the base itself, and whose weights have the base's signs no more often than by chance.
+    """
+
+    def __init__(self, tasks: tuple[str, ...], ancestry: Literal["error", "warn"] = "error") -> None:
+        self._tasks, self._ancestry = tasks, ancestry
+        self._signs = torch.zeros(len(tasks), dtype=torch.float64)  # how many of the sampled weights kept theirs
+        self._sampled = 0
         self._not_finite: dict[str, list[str]] = {}
         self._changed = dict.fromkeys(tasks, False)
         self._equal = set(combinations(range(len(tasks)), 2))
@@ -84,7 +96,27 @@ class ValueAudit:
             self._squares[task] += norm**2
             if norm - norm != 0 and not bool(torch.isfinite(vector).all()):
                 self._not_finite.setdefault(f"Expert '{task}'", []).append(name)
+        self._compare_signs(base, vectors)
         self._equal = {(i, j) for i, j in self._equal if norms[i] == norms[j] and torch.equal(vectors[i], vectors[j])}
+
+    def _compare_signs(self, base: Tensor, vectors: Tensor) -> None:
+        if base.dim() < 2:  # scales of norms are positive everywhere
+            return
+        step = max(1, base.numel() // _SAMPLE)
+        sample_N = base.flatten()[::step].float()
+        kept_T = ((sample_N + vectors.flatten(1)[:, ::step].float()).sign() == sample_N.sign()).sum(1)
+        self._signs += kept_T.double().cpu()
+        self._sampled += len(sample_N)
+
+    def _strangers(self) -> Iterator[str]:
+        for task, kept in zip(self._tasks, (self._signs / max(1, self._sampled)).tolist(), strict=True):
+            ratio = math.sqrt(self._squares[task] / max(self._squares[""], 1e-300))
+            if self._sampled >= _ENOUGH and ratio > 1 and kept < 0.6:
+                yield (
+                    f"Expert '{task}' does not descend from this base: its task vector is {ratio:.1f} times as long as "
+                    f"the base, and {100 * kept:.0f} % of its weights have the base's sign, as by chance. Name the base "
+                    "that it was fine-tuned from, or set `model.vectors.ancestry` to `warn`."
+                )
 
     def finish(self) -> None:
         """After the last tensor.
@@ -92,8 +124,11 @@ class ValueAudit:
         Raises:
             InputError: Everything that was found.
         """
-        raise_all(self._problems(), "the checkpoints")
-        far = [task for task in self._tasks if self._squares[task] > self._squares[""]]
+        strangers = list(self._strangers())
+        raise_all([*self._problems(), *(strangers if self._ancestry == "error" else ())], "the checkpoints")
+        for told in strangers:
+            log.warning("%s", told)
+        far = [task for task in self._tasks if not strangers and self._squares[task] > self._squares[""]]
         if far:
             log.warning(
                 "Task vectors of %s are longer than the base itself: were they fine-tuned from this base?",

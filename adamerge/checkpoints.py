@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from adamerge.files import sha256
+from adamerge.hub import fetch, hub_id, remote_headers
 from adamerge.types import InputError
 
 DTYPES = {
@@ -35,7 +36,10 @@ class State(Mapping[str, Tensor]):
     Attributes:
         source: What the user wrote.
         files: The files behind it; empty for a mapping held in memory.
+        has_values: Tensors can be read, not their shapes alone.
     """
+
+    has_values = True
 
     def __init__(self, source: str, files: tuple[Path, ...]) -> None:
         self.source, self.files = source, files
@@ -44,6 +48,12 @@ class State(Mapping[str, Tensor]):
         """Shape and dtype of a tensor, without reading it where the format allows."""
         tensor = self[name]
         return tensor.shape, tensor.dtype
+
+    @property
+    def revision(self) -> str | None:
+        """The commit of the hub's repository that the files are of; None for others."""
+        parts = self.files[0].absolute().parts if self.files else ()
+        return parts[parts.index("snapshots") + 1] if "snapshots" in parts and hub_id(self.source) else None
 
     def sha256(self) -> str:
         """One digest over the files' digests, in the order of their names."""
@@ -90,17 +100,42 @@ class _Safetensors(State):
 
     def meta(self, name: str) -> tuple[torch.Size, torch.dtype]:
         view = self._home[name].get_slice(name)
-        if view.get_dtype() not in DTYPES:
-            raise InputError(
-                f"{self.source}: tensor '{name}' has the storage type {view.get_dtype()}, which is not read."
-            )
-        return torch.Size(view.get_shape()), DTYPES[view.get_dtype()]
+        return torch.Size(view.get_shape()), _dtype(self.source, name, view.get_dtype())
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._home)
 
     def __len__(self) -> int:
         return len(self._home)
+
+
+class Headers(State):
+    """What a checkpoint on the hub holds, by its files' headers alone."""
+
+    has_values = False
+
+    def __init__(self, source: str) -> None:
+        super().__init__(source, ())
+        self._found = remote_headers(source)
+
+    def __getitem__(self, name: str) -> Tensor:
+        raise RuntimeError(f"{self.source} was opened for its headers; '{name}' has not been fetched.")
+
+    def meta(self, name: str) -> tuple[torch.Size, torch.dtype]:
+        shape, kind = self._found[name]
+        return torch.Size(shape), _dtype(self.source, name, kind)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+
+def _dtype(source: str, name: str, kind: str) -> torch.dtype:
+    if kind not in DTYPES:
+        raise InputError(f"{source}: tensor '{name}' has the storage type {kind}, which is not read.")
+    return DTYPES[kind]
 
 
 class Selected(State):
@@ -116,12 +151,39 @@ class Selected(State):
     def __init__(self, state: State, names: Mapping[str, str], source: str, files: tuple[Path, ...]) -> None:
         super().__init__(source, files)
         self._state, self._names = state, dict(names)
+        self.has_values = state.has_values
 
     def __getitem__(self, name: str) -> Tensor:
         return self._state[self._names[name]]
 
     def meta(self, name: str) -> tuple[torch.Size, torch.dtype]:
         return self._state.meta(self._names[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class Overlaid(State):
+    """A checkpoint some of whose tensors are another one's.
+
+    Args:
+        state: The checkpoint.
+        others: By name, the checkpoint that the tensor is taken from instead.
+    """
+
+    def __init__(self, state: State, others: Mapping[str, State]) -> None:
+        super().__init__(state.source, state.files)
+        self._state, self._others = state, dict(others)
+        self._names = dict.fromkeys((*state, *others))
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._others.get(name, self._state)[name]
+
+    def meta(self, name: str) -> tuple[torch.Size, torch.dtype]:
+        return self._others.get(name, self._state).meta(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -155,16 +217,29 @@ def open_state(source: str | Path | Mapping[str, Tensor]) -> State:
     raise InputError(f"{path}: unknown kind of checkpoint; expected .safetensors, a folder, or {', '.join(PICKLES)}.")
 
 
+def open_headers(source: str) -> State:
+    """A checkpoint for its names, shapes and dtypes; of the hub's nothing is fetched but headers.
+
+    Raises:
+        InputError: As for `open_state`.
+    """
+    return Headers(source) if not Path(source).expanduser().exists() and hub_id(source) else open_state(source)
+
+
 def absolute(source: str) -> str:
     """The source as it can be found again from any working directory."""
-    if source.startswith(_ELSEWHERE):
+    if source.startswith(_ELSEWHERE) or hub_id(source) is not None:
         return source
     path = source.removeprefix("local-dir:")
     return source[: len(source) - len(path)] + str(Path(path).expanduser().resolve())
 
 
-def locate(source: str) -> Path:
-    """The path of a source; a `demo:` source is built on first use.
+def locate(source: str, *, weights: bool = True) -> Path:
+    """The path of a source; a `demo:` source is built on first use, what the hub has is fetched.
+
+    Args:
+        source: A path, `demo:POOL/NAME`, or a hub id such as `ORG/NAME@REVISION`.
+        weights: Fetch the weights too, not the small files alone.
 
     Raises:
         InputError: No such file or folder.
@@ -174,6 +249,8 @@ def locate(source: str) -> Path:
 
         return locate_demo(source.removeprefix("demo:"))
     path = Path(source.removeprefix("local-dir:")).expanduser()
+    if not path.exists() and hub_id(source) is not None:
+        return fetch(source, weights=weights)
     if not path.exists():
         raise InputError(f"There is no checkpoint at '{source}' (looked in {path.parent.resolve()}).")
     return path
@@ -183,6 +260,9 @@ def _files_of(folder: Path) -> tuple[Path, ...]:
     indices = sorted(folder.glob("*.safetensors.index.json"))
     if not indices:
         files = sorted(folder.glob("*.safetensors"))
+        usual = folder / "model.safetensors"  # the name that transformers gives
+        if usual in files:
+            return (usual,)
         if len(files) != 1:
             raise InputError(
                 f"{folder} holds {len(files)} safetensors files and no index of shards; "

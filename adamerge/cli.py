@@ -57,8 +57,36 @@ def _compare(options: Namespace) -> Any:
     return compare(options.recipes, on=options.config, seeds=options.seeds, options=options.set, **where)
 
 
+def _check(options: Namespace) -> Any:
+    from adamerge.config import job_from_arguments
+    from adamerge.preflight import check
+
+    arguments = [f"--config={name}" for name in options.configs]
+    return check(job_from_arguments([*arguments, *(f"--{each}" for each in options.set)]), deep=options.deep)
+
+
+def _convert(options: Namespace) -> Any:
+    from adamerge.convert import convert
+
+    return convert(options.source, options.out, modules=options.modules, key=options.key)
+
+
+def _mergekit(options: Namespace) -> Any:
+    from adamerge.mergekit import mergekit
+
+    return mergekit(options.run, options.out, dtype=options.dtype, trust=options.trust)
+
+
+def _push(options: Namespace) -> Any:
+    from adamerge.pushing import push_to_hub
+
+    where = push_to_hub(options.path, options.repo, private=not options.public, revision=options.revision)
+    return f"Pushed to {where}"
+
+
 _COMMANDS: dict[str, Callable[[Namespace], Any]] = {
-    **{"compare": _compare, "evaluate": _evaluate, "export": _export, "runs": _runs, "report": _report}
+    **{"check": _check, "compare": _compare, "evaluate": _evaluate, "export": _export, "mergekit": _mergekit},
+    **{"push": _push, "convert": _convert, "runs": _runs, "report": _report},
 }
 
 
@@ -84,6 +112,12 @@ def command_parser() -> ArgumentParser:
         to.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="Where the model runs")
 
     command("fit", "Learn a merge; the same as python -m adamerge.fit")
+    check = command("check", "Look at a configuration before it runs: checkpoints, data, memory, disk, time")
+    check.add_argument("configs", type=str, nargs="+", help="YAML files, yours or shipped ones; of several, later win")
+    check.add_argument(
+        "--deep", action="store_true", help="Read all values too, and fetch them where they are not here"
+    )
+    _add_set(check)
     _add_compare(command("compare", "Run recipes on the same sources and seeds, and write one table"))
     evaluate = command("evaluate", "Score a learned merge again, on the data of its run")
     add_run(evaluate)
@@ -99,6 +133,23 @@ def command_parser() -> ArgumentParser:
     )
     add_device(export)
     add_trust(export)
+    mergekit = command("mergekit", "Write a learned merge as a configuration of mergekit, where it can say it")
+    add_run(mergekit)
+    mergekit.add_argument("out", type=str, help="YAML file to write; it must not exist yet")
+    mergekit.add_argument(
+        "--dtype", type=Literal["float32", "bfloat16", "float16"], default="float32", help="Type of its output"
+    )
+    add_trust(mergekit)
+    push = command("push", "Upload a learned merge, or an export of it, to the hub")
+    push.add_argument("path", type=str, help="Directory of a run, or a folder that `export` has written")
+    push.add_argument("repo", type=str, help="ORG/NAME; created if it is not there")
+    push.add_argument("--public", action="store_true", help="For everybody to see, if it is new")
+    push.add_argument("--revision", type=str, help="Branch; by default the main one")
+    convert = command("convert", "Turn a pickled checkpoint into safetensors; nothing in it is run")
+    convert.add_argument("source", type=str, help="A .pt, .pth, .bin or .ckpt file, or a folder with such")
+    convert.add_argument("out", type=str, help="A .safetensors file, or a folder for a folder; it must not exist yet")
+    convert.add_argument("--modules", action="store_true", help="Also take the tensors out of pickled modules")
+    convert.add_argument("--key", type=str, help="The entry that holds the tensors, where several do")
     runs = command("runs", "List all runs below a folder")
     runs.add_argument("root", type=str, nargs="?", default="runs", help="The folder")
     runs.add_argument("--sort", type=Literal["time", "score"], default="time", help="The newest or the best first")
@@ -116,10 +167,14 @@ def _add_compare(to: ArgumentParser) -> None:
     to.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="A run of each recipe for every seed")
     to.add_argument("--root", type=str, default="runs/compare", help="Folder of the runs and of compare.csv and .md")
     to.add_argument("--jobs", type=int, default=1, help="Runs at a time; they share the machine and its devices")
+    _add_set(to)
+
+
+def _add_set(to: ArgumentParser) -> None:
     to.add_argument(
         *("--set",),
         **{"type": str, "action": "append", "default": [], "metavar": "KEY=VALUE"},
-        help="An option of fit for every run, say --set trainer.max_steps=10; may be repeated",
+        help="An option of fit, say --set trainer.max_steps=10; may be repeated",
     )
 
 

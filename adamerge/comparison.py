@@ -122,7 +122,7 @@ class Comparison:
         means, best = [100 * mean(each) for each in row.scores], self._best()
         return {
             "method": row.name,
-            **{f"accuracy/{t}": 100 * fmean(s[t] for s in row.scores) if row.scores else None for t in self.tasks},
+            **{f"accuracy/{t}": _percent([s[t] for s in row.scores if t in s]) for t in self.tasks},
             "mean": fmean(means) if means else None,
             "std": stdev(means) if len(means) > 1 else None,
             "gain": fmean(means) - best[1] if means and best and row.seeds else None,
@@ -180,6 +180,10 @@ class Comparison:
             text("gain", "{:+.1f}"),
             *(text(key, form) for key, (_, form) in _COST.items()),
         ]
+
+
+def _percent(scores: Sequence[float]) -> float | None:
+    return 100 * fmean(scores) if scores else None
 
 
 def _escaped(cell: str) -> str:

@@ -19,6 +19,7 @@ from adamerge.backbones.base import to_device
 from adamerge.files import atomic_dir
 from adamerge.merged import MergedModel
 from adamerge.multitask import MultiTaskModel
+from adamerge.pushing import CARD, card_of
 from adamerge.recorded import revive
 from adamerge.report import shown
 from adamerge.task_modules import TaskModule
@@ -30,6 +31,13 @@ log = logging.getLogger("adamerge")
 LIMITS = {"float32": 1e-5, "bfloat16": 0.5, "float16": 0.5}  # beyond, the folder does not hold this merge
 TASKS, MODULES, REPORT = "tasks.json", "task_modules.safetensors", "export.json"
 _SAMPLES, _CLASSES = 4, 4  # of the check; one class's logit depends on no other class
+
+
+_FILES = (
+    f"Beside the model: `{TASKS}`, class names of each task and what else its head is made from; `{RECORD}`, how the "
+    f"merge was learned; `{REPORT}`, how far its logits are from the live merge's; `{MODULES}`, if there is one, what "
+    "does not fold into one dense model."
+)
 
 
 @dataclass(frozen=True)
@@ -90,12 +98,13 @@ def export(
         status.update("Writing and checking the export …")
         with atomic_dir(target) as new:
             net = model.materialize(dtype=getattr(torch, dtype)).cpu()
-            model.backbone.export(net, base, new)
+            last = {task: model.chain(task)[-1] for task in model.tasks}
+            model.backbone.export(net, base, new, last)
             shutil.copyfile(folder / RECORD, new / RECORD)
             few = {task: list(names[:_CLASSES]) for task, names in record["classes"].items()}
             heads = model.backbone.exported_heads(new, few)
             difference = _checked(model, new, heads, where, LIMITS[dtype])
-            _write_tasks(model, new, record["classes"], has_heads=bool(heads))
+            _write_tasks(model, new, record["classes"], has_heads=model.backbone.has_heads)
             told = {
                 "max_relative_difference": difference,
                 "limit": LIMITS[dtype],
@@ -105,6 +114,9 @@ def export(
                 "versions": versions(),
             }
             (new / REPORT).write_text(json.dumps(told, indent=2))
+            loading, library = model.backbone.loading(model.tasks[0]), model.backbone.library
+            card = card_of(record, target.name, files=_FILES, load=loading.format(folder=out), library=library)
+            (new / CARD).write_text(card)
             _refuse_existing(target)
     return Exported(target, dtype, difference)
 
@@ -153,10 +165,13 @@ def _checked(
         if not any(part.changes_head for part in live.chain(task))
     }
     own = MultiTaskModel(backbone, theirs.bare_net(), own_chains).to(device).eval()
+    plain = [t for t in live.tasks if len(live.chain(t)) == 1 and not live.chain(t)[-1].changes_head]
+    alone = backbone.answers(folder, plain)
     worst = 0.0
     for task in live.tasks:
         expected = live(batch, task=task)
         found = [theirs(batch, task=task), *([own(batch, task=task)] if task in own.tasks else [])]
+        found += [alone[task](batch).to(device)] if task in alone else []
         differences = [_difference(logits, expected[:, : logits.shape[1]]) for logits in found]
         if not all(difference <= limit for difference in differences):  # NaN is not
             raise InputError(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from adamerge.backbones.base import batch_size
+from adamerge.backbones.base import batch_size, num_answers
 from adamerge.blocks import recorded_blocks
 from adamerge.evaluation import confusion, score
 from adamerge.finite import FiniteWatch
@@ -47,6 +47,7 @@ class AdaMerge(pl.LightningModule):
             alone.
         teachers: The experts, for objectives that need them; asked where a batch does not hold what they say.
         phase: The number of the run's phase, for its checkpoints.
+        tasks: Those that are learned from; by default all.
 
     Raises:
         InputError: Nothing to learn, or parts that do not work together.
@@ -64,12 +65,14 @@ class AdaMerge(pl.LightningModule):
         seed: int = 0,
         teachers: Teachers | None = None,
         phase: int = 0,
+        tasks: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         self.strict_loading = (
             False  # a checkpoint holds learnables only; `resume.restore` checks that they are all there
         )
         self.model, self.loop = model, loop or Joint()
+        self.served_tasks = model.tasks if tasks is None else tuple(tasks)
         self._objectives = torch.nn.ModuleList([Entropy()] if objectives is None else objectives)
         self._make_optimizer, self._make_scheduler = optimizer, lr_scheduler
         self.metrics = torch.nn.ModuleList(confusion(c) for c in (num_classes or {}).values())
@@ -171,7 +174,7 @@ class AdaMerge(pl.LightningModule):
             parts: Sequence[Tensor] = [batch[KEPT] for batch in batches.values()]
         else:
             whole = self.model.features(self.model.backbone.concatenate(list(batches.values())))
-            parts = whole.split([batch_size(batch) for batch in batches.values()])
+            parts = whole.split([num_answers(batch) for batch in batches.values()])
         for task, features_BD in zip(batches, parts, strict=True):
             with self.model.attached(task):
                 out = self.model.answer(task, features_BD)

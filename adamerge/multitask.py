@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import default_collate
 
 from adamerge.backbones import Backbone
 from adamerge.backbones.base import to_device
@@ -60,10 +59,21 @@ class MultiTaskModel(nn.Module):
         """The class names of a task, in the order of its logits."""
         return self.chain(task)[-1].classes
 
-    def prepare(self, samples: Sequence[Mapping[str, Any]]) -> Batch:
-        """Raw samples, say `[{"image": Image.open(path)}]`, as a batch on the model's device."""
-        batch = default_collate([self.backbone.prepare(sample) for sample in samples])
-        return to_device(batch, next(self.task_modules.parameters()).device)
+    def prepare(self, samples: Sequence[Mapping[str, Any]], task: str | None = None) -> Batch:
+        """Raw samples, say `[{"image": Image.open(path)}]`, as a batch on the model's device.
+
+        Args:
+            samples: Without labels.
+            task: Whose samples they are, where that makes a difference (prompts that differ from task to task).
+        """
+        prepare = self.backbone.prepare if task is None else self.backbone.preparer(task)
+        batch = self.backbone.collate([prepare(sample) for sample in samples])
+        return to_device(batch, self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.network.parameters()).device
 
     def bare_net(self) -> nn.Module:
         """The network itself."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from adamerge.backbones.base import batch_size, to_device
+from adamerge.backbones.base import batch_size, num_answers, to_device
 from adamerge.blocks import recorded_blocks
 from adamerge.checkpoints import State, absolute, open_state
 from adamerge.merged import MergedModel
@@ -70,7 +70,7 @@ class Opened:
         names, size = self.recipe.backbone.blocks(self.net), batch_size(batch)
         with recorded_blocks(self.net, names, size) as found:
             features = self.recipe.backbone.features(self.net, batch)
-        self._check_features(task, features, size)
+        self._check_features(task, features, num_answers(batch))
         fit = len(found) == len(names) and all(block.dim() == 2 and len(block) == size for block in found)
         self.blocks = {name: block.shape[1] for name, block in zip(names, found, strict=True)} if fit else {}
         self.width = features.shape[1]
@@ -101,8 +101,13 @@ class Opened:
 
     def load_vectors(self) -> TaskVectors:
         """Read the untransformed task vectors and check their values."""
-        placement = self.recipe.vectors.placement
-        return TaskVectors.load(self.space, self.base, self.experts, dtype=self._dtype, placement=placement)
+        options = self.recipe.vectors
+        return TaskVectors.load(
+            *(self.space, self.base, self.experts),
+            dtype=self._dtype,
+            placement=options.placement,
+            ancestry=options.ancestry,
+        )
 
     @property
     def _dtype(self) -> torch.dtype | None:
@@ -153,7 +158,12 @@ class Opened:
             "folds": not modules,
             "classes": {task: list(names) for task, names in self.classes.items()},
             "sources": {
-                who: {"source": absolute(source), "sha256": state.sha256()} for who, (source, state) in sources.items()
+                who: {
+                    "source": absolute(source),
+                    **({"revision": state.revision} if state.revision else {}),
+                    "sha256": state.sha256(),
+                }
+                for who, (source, state) in sources.items()
             },
         }
 

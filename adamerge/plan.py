@@ -19,9 +19,10 @@ def plan(
     ) * len(tasks)
     one_model = 4 * space.num_elements
     copies = 3 if model.apply_mode == "leaf" else 2
-    steps, tasks_of_steps = max(0, ends[-1]), _served(job, ends, tasks)
+    steps, tasks_of_steps = max(0, ends[-1]), _served(job, ends, tuple(job.data.tasks))
+    bare = [task for task in tasks if task not in job.data.tasks]
     lines = {
-        "Tasks": f"{len(tasks)}: {', '.join(tasks)}",
+        "Tasks": f"{len(tasks)}: {', '.join(tasks)}" + (f"; merged without data: {', '.join(bare)}" if bare else ""),
         "Merging": space.describe(),
         "Learning": f"{size:,} numbers by {_parts(model)}, on split '{job.data.split}', "
         f"{job.data.batch_size} samples per task and step on {world_size} rank{'s' * (world_size > 1)}",

@@ -2,16 +2,16 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from adamerge.audit import header_problems
 from adamerge.backbones import Backbone
-from adamerge.checkpoints import State
+from adamerge.checkpoints import State, open_state
 from adamerge.loops import Joint, Loop
 from adamerge.merged import ApplyMode
 from adamerge.objectives import Entropy, Objective
@@ -23,6 +23,7 @@ from adamerge.task_modules import TaskModule
 from adamerge.task_vectors import Placement, TaskVectors
 from adamerge.transforms import Transform
 from adamerge.types import InputError, TaskInfo, raise_all
+from adamerge.vocabulary import fit_vocabularies
 
 _BASE = "\0base"  # no task can have this name
 
@@ -35,11 +36,14 @@ class SpaceOptions:
         group: `tensor`, `block`, `model`, or a regular expression whose first group names the group.
         skip: Regular expression of tensors that are neither merged nor compared.
         buffers: Floating buffers such as BatchNorm statistics: the base's, or the mean of the experts'.
+        vocabulary: What to do with an expert whose tokens are not the base's: `error`; `base` keeps the base's token
+            embeddings unmerged, for all; `exclude` leaves that expert out of the merge of them.
     """
 
     group: str = "tensor"
     skip: str | None = None
     buffers: Literal["base", "mean"] = "base"
+    vocabulary: Literal["error", "base", "exclude"] = "error"
 
 
 @dataclass(frozen=True)
@@ -72,11 +76,35 @@ class VectorOptions:
         dtype: Their storage; by default what the checkpoints are in.
         placement: `device` moves them with the model, `cpu` leaves them in memory, `mmap` on disk in the cache folder.
         seed: Seeds transforms that draw at random; by default the run's seed.
+        ancestry: An expert that does not descend from the base, by length and signs of its vector, is an `error`, or
+            only worth a warning (`warn`).
     """
 
     dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = None
     placement: Placement = "device"
     seed: int | None = None
+    ancestry: Literal["error", "warn"] = "error"
+
+
+@dataclass
+class Survey:
+    """What is known of a recipe's sources before their values are read.
+
+    Attributes:
+        problems: All that is wrong with them.
+        classes: The class names of each expert's task.
+        net: The network, perhaps without values; with what follows, only there where the base could be opened.
+        space: What is merged.
+        base: The base's checkpoint.
+        experts: The experts'.
+    """
+
+    problems: list[str]
+    classes: Mapping[str, Sequence[str]]
+    net: nn.Module = field(default_factory=nn.Identity)
+    space: ParamSpace = field(default_factory=lambda: ParamSpace({}, {}, (), {}, {}))
+    base: State = field(default_factory=lambda: open_state({}))
+    experts: Mapping[str, State] = field(default_factory=dict)
 
 
 class Recipe(Recorded):
@@ -125,6 +153,7 @@ class Recipe(Recorded):
         apply_mode: ApplyMode = "leaf",
     ) -> None:
         self.base, self.experts, self.backbone, self.rule = base, dict(experts), backbone, rule
+        self.backbone.bind(base)
         self.transforms, self.task_modules = tuple(transforms), tuple(task_modules)
         self.objectives, self.loop = list(objectives) if objectives is not None else [Entropy()], loop or Joint()
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
@@ -164,29 +193,72 @@ class Recipe(Recorded):
         Raises:
             InputError: Sources that are missing, damaged or do not fit the network or the tasks; all problems at once.
         """
-        if set(classes) != set(self.experts):
-            raise InputError(
-                f"`model.experts` has the tasks {', '.join(self.experts)}; `data.tasks` has {', '.join(classes)}. "
-                "Give every task an expert and data, under one name."
-            )
-        states: dict[str, State] = {}
-        raise_all(self._open_states(states), "the sources")
-        base = states.pop(_BASE)
-        net = self.backbone.build()
-        space = ParamSpace.of(net, group=self.space.group, skip=self.space.skip, buffers=self.space.buffers)
-        for reason in dict.fromkeys((left_out or {}).values()):
-            space = space.without([name for name, why in (left_out or {}).items() if why == reason], reason)
-        raise_all(header_problems(space, base, states), "the checkpoints")
+        survey = self._survey(classes, left_out or {}, self.backbone.open, self.backbone.build)
+        raise_all(survey.problems, "the sources")
+        net, space, base, states = survey.net, survey.space, survey.base, survey.experts
         fill(net, space, base, states)
-        infos = [TaskInfo(task, tuple(classes[task]), state, base) for task, state in states.items()]
-        opened = Opened(self, net, space, base, states, self.backbone.heads(infos), classes)
+        infos = [TaskInfo(task, tuple(survey.classes[task]), state, base) for task, state in states.items()]
+        opened = Opened(self, net, space, base, states, self.backbone.heads(infos), survey.classes)
         if widths is not None:
             opened.width, opened.blocks = widths["features"], dict(widths["blocks"])
         return opened
 
-    def _open_states(self, states: dict[str, State]) -> Iterator[str]:
+    def survey(self, classes: Mapping[str, Sequence[str]]) -> "Survey":
+        """What configurations and headers tell of the sources: nothing else is read or fetched.
+
+        Args:
+            classes: The class names of each task, as far as they are known.
+        """
+        return self._survey(classes, {}, self.backbone.peek, self.backbone.outline)
+
+    def _survey(
+        self,
+        classes: Mapping[str, Sequence[str]],
+        left_out: Mapping[str, str],
+        look: Callable[[str], State],
+        build: Callable[[], nn.Module],
+    ) -> "Survey":
+        states: dict[str, State] = {}
+        known: dict[str, Sequence[str]] = {}
+        problems = list(self._problems(classes, states, known, look))
+        base = states.pop(_BASE, None)
+        if base is None:
+            return Survey(problems, known)
+        try:
+            net = build()
+            space = ParamSpace.of(net, group=self.space.group, skip=self.space.skip, buffers=self.space.buffers)
+            space = space.apart({**self.backbone.own(base), **self._spared(space, base, states), **left_out})
+            space, states, refused = fit_vocabularies(self, net, space, base, states)
+        except InputError as error:
+            return Survey([*problems, str(error)], known)
+        lost = set(self.experts) - set(states)  # said already
+        found = header_problems(space, base, states) if states or not lost else ()
+        return Survey([*problems, *refused, *found], known, net, space, base, states)
+
+    def _spared(self, space: ParamSpace, base: State, experts: Mapping[str, State]) -> dict[str, str]:
+        """What the backbone lets stand as it is in the base where no expert has it."""
+        lacking = [name for name in space.shapes if not any(name in state for state in experts.values())]
+        return {n: "the base's, in no expert" for n in lacking if n in base and self.backbone.spare(n)}
+
+    def _problems(
+        self,
+        classes: Mapping[str, Sequence[str]],
+        states: dict[str, State],
+        known: dict[str, Sequence[str]],
+        look: Callable[[str], State],
+    ) -> Iterator[str]:
+        """What can be said before the network is made; opens the sources and finds the class names on the way."""
+        strange = sorted(set(classes) - set(self.experts))
+        if strange:
+            yield (
+                f"`data.tasks` has {', '.join(strange)}, which `model.experts` has not; it has "
+                f"{', '.join(self.experts)}. Give every task an expert, under the same name."
+            )
         for name, source in [(_BASE, self.base), *self.experts.items()]:
             try:
-                states[name] = self.backbone.open(source)
+                states[name] = look(source)
+                if name != _BASE:
+                    yield from (f"Expert '{name}': {problem}" for problem in self.backbone.differences(source))
+                    known[name] = self.backbone.classes(source, classes.get(name, ()))
             except InputError as error:
                 yield str(error)

@@ -11,7 +11,7 @@ import yaml
 from adamerge.artifact import load, read_record
 from adamerge.config import data_of
 from adamerge.data import UnlabeledTasks
-from adamerge.evaluation import Scores, evaluate
+from adamerge.evaluation import Scores, classes_of, evaluate
 from adamerge.exporting import device_of
 from adamerge.report import gain, score_table
 from adamerge.terminal import progress_console
@@ -48,20 +48,23 @@ def rescore(
     if batch_size is not None and batch_size < 1:
         raise InputError(f"`--batch_size` is {batch_size}; it is at least 1.")
     data.eval_batch_size = batch_size or data.eval_batch_size
-    now = _scored(folder, data, where, _precision(config), trust)
+    now, unscored = _scored(folder, data, where, _precision(config), trust)
     same = data.eval_split == recorded
     before = {row: each for row, each in (record.get("scores") or {}).items() if row != "this merge"} if same else {}
     scores = {**before, "this merge": now}
-    note = "" if same else f"\nThe run's baselines were scored on '{recorded}', and are left out."
-    return f"{score_table(scores, title=f'Accuracy in % on {data.eval_split!r}')}\n{gain(scores)}{note}"
+    notes = [] if same else [f"The run's baselines were scored on '{recorded}', and are left out."]
+    table = score_table(scores, title=f"Accuracy in % on {data.eval_split!r}", tasks=list(record["classes"]))
+    return "\n".join([table, gain(scores), *notes, *unscored])
 
 
-def _scored(folder: Path, data: UnlabeledTasks, device: torch.device, precision: str, trust: bool) -> Scores:
-    """Accuracy per task, computed in the precision that the run scored in."""
+def _scored(
+    folder: Path, data: UnlabeledTasks, device: torch.device, precision: str, trust: bool
+) -> tuple[Scores, list[str]]:
+    """Accuracy per task, computed in the precision that the run scored in; what is to be said of the other tasks."""
     with progress_console().status("Opening the merge …") as status:
         dtype = torch.bfloat16 if precision == "bf16-true" else None
         model = load(folder, trust=trust, dtype=dtype).to(device)
-        data.prepare = model.backbone.prepare
+        data = data.prepared_by(model.backbone.preparer, model.backbone.collate)
         loaders = data.eval_loaders()
         status.update(f"Scoring {some(loaders)} …")
 
@@ -70,7 +73,8 @@ def _scored(folder: Path, data: UnlabeledTasks, device: torch.device, precision:
 
         mixed = precision in ("bf16-mixed", "bf16")
         with torch.autocast(device.type, torch.bfloat16) if mixed else nullcontext():
-            return evaluate(model, loaders, data.num_classes, device, convert)
+            num_classes = classes_of(model, data.num_classes, data.scored)
+            return evaluate(model, loaders, num_classes, device, convert), data.unscored()
 
 
 def _precision(config: Path) -> str:
@@ -81,10 +85,10 @@ def _precision(config: Path) -> str:
 def _other_classes(data: UnlabeledTasks, made_for: Mapping[str, list[str]]) -> Any:
     """What is wrong where the data's classes are not those, in that order, that the merge's heads were made for."""
     found = data.classes
-    if set(found) != set(made_for):
+    if not set(found) <= set(made_for):
         yield f"The data have the tasks {', '.join(found)}; the merge {', '.join(made_for)}."
     for task in set(found) & set(made_for):
-        if list(found[task]) != list(made_for[task]):
+        if found[task] and made_for[task] and list(found[task]) != list(made_for[task]):
             pairs = zip([*found[task], *[None] * len(made_for[task])], made_for[task], strict=False)
             now, then = next(((a, b) for a, b in pairs if a != b), (None, None))
             place = f"'{now}' stands where '{then}' was" if then is not None else "there are more now"

@@ -169,5 +169,6 @@ def redraw(run: str | Path, *, trust: bool = False) -> str:
         metrics=metrics if metrics.exists() else None,
         vectors=model.vectors if model else None,
     )
-    table = f"{score_table(scores)}\n{gain(scores)}\n" if scores else "Nothing was scored.\n"
+    tasks = list(record["classes"])
+    table = f"{score_table(scores, tasks=tasks)}\n{gain(scores)}\n" if scores else "Nothing was scored.\n"
     return f"{table}Drawn: {', '.join(shown(path) for path in drawn) or 'nothing'}"

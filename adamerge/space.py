@@ -105,6 +105,20 @@ class ParamSpace:
             lambda name: self.group_names[self.group_of[name]]
         )
 
+    def apart(self, reasons: Mapping[str, str]) -> "ParamSpace":
+        """The same space without tensors that checkpoints may lack, hold otherwise, or hold beside the network's.
+
+        A further name of a tied tensor is passed over, unless the tensor goes itself: checkpoints hold it once.
+        """
+        space, reasons = self, {name: why for name, why in reasons.items() if self.aliases.get(name, name) in reasons}
+        for reason in dict.fromkeys(reasons.values()):
+            names = {alias for name, why in reasons.items() if why == reason for alias in self._all_names(name)}
+            space = space.without(names, reason) if names & set(space.shapes) else space
+        return replace(space, left_out={**space.left_out, **reasons})
+
+    def _all_names(self, name: str) -> list[str]:
+        return self.names_of(self.aliases.get(name, name))
+
     def checkpoint_names(self) -> dict[str, list[str]]:
         """For each merged tensor and buffer the names a checkpoint may hold it under, the canonical one first."""
         return {name: self.names_of(name) for name in (*self.shapes, *self.buffers)}

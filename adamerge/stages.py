@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 
+from adamerge.evaluation import classes_of
 from adamerge.job import Job
 from adamerge.learnables import train_only, trained_names
 from adamerge.merged import MergedModel
@@ -49,6 +50,8 @@ def stages_of(
     """
     phases = job.recipe.phases
     ends = _ends(phases, trainer)
+    num_classes = classes_of(model, job.data.num_classes, job.data.scored)
+    served = _served(job)
     stages = []
     for number, (phase, start, end) in enumerate(zip(phases, [0, *ends], ends, strict=False)):
         train_only(model, phase.train)
@@ -58,10 +61,11 @@ def stages_of(
             loop=phase.loop,
             optimizer=phase.optimizer or adam,
             lr_scheduler=phase.lr_scheduler,
-            num_classes=job.data.num_classes,
+            num_classes=num_classes,
             seed=job.seed_everything,
             teachers=teachers,
             phase=number,
+            tasks=served[number],
         )
         if job.data.batch_size < module.loop.smallest_batch:
             raise InputError(
@@ -73,6 +77,28 @@ def stages_of(
     if held:
         _check_phase(held["adamerge"], stages)
     return stages
+
+
+def _served(job: Job) -> list[tuple[str, ...]]:
+    """The tasks that each phase learns from: those with data, and with labels where nothing else says anything of them.
+
+    Raises:
+        InputError: A phase needs labels, and no task has any.
+    """
+    tasks, bare = tuple(job.data.tasks), None
+    served = []
+    for phase in job.recipe.phases:
+        objectives = phase.objectives or ()
+        if any("labels" in objective.needs for objective in objectives):
+            bare = job.data.check_labels() if bare is None else bare
+            others = [objective for objective in objectives if "labels" not in objective.needs]
+            idle = {task for task in bare if not any(objective.weight_of(task) for objective in others)}
+            served.append(tuple(task for task in tasks if task not in idle))
+        else:
+            served.append(tasks)
+    if bare:
+        log.warning("No labels in '%s', so nothing supervised is learned there: %s", job.data.split, ", ".join(bare))
+    return served
 
 
 def _ends(phases: Sequence[Phase], trainer: pl.Trainer) -> list[int]:
@@ -146,16 +172,17 @@ def _prepare(job: Job, stage: Stage, keeper: Keeper, teachers: Teachers, batches
     """Set the training stream up for a phase: its tasks' order, its labels, and what is known of the samples."""
     data, module, model = job.data, stage.module, stage.module.model
     data.labels = "labels" in module.needs
-    data.slot = partial(module.loop.slot, tasks=model.tasks, seed=job.seed_everything)
+    tasks = module.served_tasks
+    data.slot = partial(module.loop.slot, tasks=tasks, seed=job.seed_everything)
     data.tables = {}
     # objectives of others may look at the samples, which every batch is said to hold
     data.inputs = any(not type(objective).__module__.startswith("adamerge.") for objective in module.objectives)
     wanted, served = module.needs & EXPERT, len(data.slot(stage.start)[1])
-    rounds = (stage.end - stage.start) * served / len(model.tasks) if stage.end >= 0 else float("inf")
+    rounds = (stage.end - stage.start) * served / len(tasks) if stage.end >= 0 else float("inf")
     keeper.draws = rounds * data.batch_size * batches_per_step
     known: dict[str, dict[str, Any]] = keeper.experts(teachers, wanted) if wanted else {}
-    inside = any(part.inside for task in model.tasks for part in model.chain(task))
-    whole = all(wanted <= set(known.get(task, {})) for task in model.tasks)
+    inside = any(part.inside for task in tasks for part in model.chain(task))
+    whole = all(wanted <= set(known.get(task, {})) for task in tasks)
     if model.is_fixed and not inside and not module.block_names and whole:
         for task, merged in keeper.merged(teachers).items():
             known.setdefault(task, {}).update(merged)

@@ -82,6 +82,7 @@ class TaskVectors(FrozenStore):
         *,
         dtype: torch.dtype | None = None,
         placement: Placement = "device",
+        ancestry: Literal["error", "warn"] = "error",
     ) -> "TaskVectors":
         """Check the checkpoints against the space, read them once, check the values as they pass.
 
@@ -91,7 +92,7 @@ class TaskVectors(FrozenStore):
         """
         base, experts = open_state(base), {task: open_state(source) for task, source in experts.items()}
         raise_all(header_problems(space, base, experts), "the checkpoints")
-        audit = ValueAudit(tuple(experts))
+        audit = ValueAudit(tuple(experts), ancestry)
         return TaskVectors.open(space, base, experts).stored(dtype=dtype, placement=placement, observe=audit)
 
     def transformed(self, transforms: Sequence[TauMap], *, seed: int = 0) -> "TaskVectors":

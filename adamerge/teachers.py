@@ -29,7 +29,7 @@ from adamerge.modules import parameter_sites, swapped
 from adamerge.opened import Opened
 from adamerge.recorded import spec
 from adamerge.terminal import progress_console
-from adamerge.types import KEPT, Batch, InputError
+from adamerge.types import KEPT, ROWS, Batch, InputError
 
 log = logging.getLogger("adamerge")
 
@@ -154,7 +154,8 @@ class Keeper:
                 [(n, _bytes(t)) for n, t in teachers.heads[task].state_dict().items()], list(teachers.blocks),
                 opened.space.skip, self._precision,
             )  # fmt: skip
-            widths = {FEATURES: opened.width, LOGITS: len(opened.classes[task]), BLOCKS: sum(opened.blocks.values())}
+            logits = teachers.heads[task].num_classes or len(opened.classes[task])
+            widths = {FEATURES: opened.width, LOGITS: logits, BLOCKS: sum(opened.blocks.values())}
             if not self._worth("experts", task, key):
                 continue
             if not self._fits({key: 4 * len(self._samples(task)) * sum(widths[name] for name in wanted)}):
@@ -180,7 +181,7 @@ class Keeper:
         keys = {
             task: _digest(self._token, self._data_key(task), spec(model.rule, strict=False), learned) for task in tasks
         }
-        if len(tasks) < len(model.tasks):
+        if len(tasks) < len(self._data.tasks):
             return {}
         if not all(self._worth("merged", task, key) for task, key in keys.items()):
             return {}
@@ -213,7 +214,9 @@ class Keeper:
         return True
 
     def _repeatable(self) -> list[str]:
-        return [task for task, data in self._data.tasks.items() if data.repeatable]
+        """The tasks whose samples are the same each time, and answered once each: a table has a row for a sample."""
+        same = [task for task, data in self._data.tasks.items() if data.repeatable]
+        return [task for task in same if ROWS not in self._data.collate([self._samples(task)[0]])]
 
     def _lasts(self, task: str) -> bool:
         """Other runs know these samples again."""
@@ -243,7 +246,12 @@ class Keeper:
         @torch.no_grad()
         def build(folder: Path) -> None:
             parts: dict[str, list[Tensor]] = {}
-            loader = DataLoader(samples, batch_size=self._data.eval_batch_size, num_workers=self._data.num_workers)
+            loader = DataLoader(
+                samples,
+                batch_size=self._data.eval_batch_size,
+                num_workers=self._data.num_workers,
+                collate_fn=self._data.collate,
+            )
             said = f"What its expert says, {task}" if kind == "experts" else f"Merged features, {task}"
             with self._context(), around:
                 for batch in track(

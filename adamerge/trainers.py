@@ -29,7 +29,7 @@ _EXPECTED = (  # warnings of Lightning's about what is meant here
     r"Found \d+ module\(s\) in eval mode",  # frozen parts stay in eval
     r"Experiment logs directory .* exists and is not empty",  # metrics.csv joins config.yaml in the run's own directory
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own use of torch
-    r"It is recommended to use `self.log\(.*sync_dist=True`",  # the confusion matrices were added up over ranks before
+    r"It is recommended to use `self.log\(.*sync_dist=True\)`",  # the counts were added up over ranks before
     r"Total length of `list` across ranks is zero",  # nothing to evaluate on
     r".*does not have many workers",  # small tasks are held in memory
     r"The dirpath has changed",  # a resumed run has a directory of its own

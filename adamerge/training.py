@@ -16,13 +16,14 @@ import torch
 from adamerge import artifact
 from adamerge.config import parse
 from adamerge.data import UnlabeledTasks
-from adamerge.evaluation import Scores, baselines, evaluate
+from adamerge.evaluation import Scores, baselines, classes_of, evaluate
 from adamerge.job import Job, RunOptions
 from adamerge.learnables import learnables_of
 from adamerge.merged import MergedModel
 from adamerge.multitask import MultiTaskModel
 from adamerge.opened import Opened
 from adamerge.plan import plan
+from adamerge.preflight import survey_of
 from adamerge.processes import launch, once
 from adamerge.recipe import Recipe
 from adamerge.report import gain, score_table, shown, write_plots
@@ -56,7 +57,8 @@ class Run:
     learned: MergedModel
 
     def __str__(self) -> str:
-        scores = f"{score_table(self.scores)}\n{gain(self.scores)}\n" if self.scores else "Nothing was scored.\n"
+        table = f"{score_table(self.scores, tasks=self.merge.tasks)}\n{gain(self.scores)}\n" if self.scores else ""
+        scores = table or "Nothing was scored.\n"
         return f"{scores}Run directory: {shown(self.dir)}"
 
 
@@ -116,8 +118,6 @@ def _execute(job: Job) -> Run:
     model = trainer.precision_plugin.convert_module(opened.merged(raw)).to(device)
     teachers = Teachers(opened, model)
     stages = stages_of(job, trainer, model, teachers, held)
-    if any("labels" in stage.module.needs for stage in stages):
-        job.data.check_labels()
     record = {**once(trainer, lambda: opened.record(model)), **about(job)}
     if job.recipe.init_from is not None:
         artifact.start_from(job.recipe.init_from, model, record)
@@ -126,8 +126,8 @@ def _execute(job: Job) -> Run:
     trained = set().union(*(stage.trained for stage in stages))
     size = sum(each.parameter.numel() for name, each in learnables_of(model).items() if name in trained)
     folder = once(trainer, lambda: make_folder(job, 40 * size))
-    if job.data.split == job.data.eval_split:
-        log.warning("Adapting on the split '%s' that is also evaluated on: scores are transductive.", job.data.split)
+    for said in _said_of_data(job):
+        log.warning("%s", said)
     ends = [stage.end for stage in stages]
     log.info("%s", plan(job, opened, model, ends, size, trainer.world_size, folder))
 
@@ -136,7 +136,7 @@ def _execute(job: Job) -> Run:
         convert = trainer.precision_plugin.convert_input
         with trainer.precision_plugin.forward_context():
             batches = {task: islice(loaders[task], eval_limit(trainer, len(loaders[task]))) for task in tasks}
-            return evaluate(candidate, batches, job.data.num_classes, device, convert)
+            return evaluate(candidate, batches, classes_of(model, job.data.num_classes, tasks), device, convert)
 
     cost: dict[str, Any] = {"learnables": size}
 
@@ -147,7 +147,7 @@ def _execute(job: Job) -> Run:
     scores: dict[str, Scores] = {}
     if job.run.baselines and job.data.eval_split is not None and not trainer.fast_dev_run:
         with progress_console(quiet=not trainer.is_global_zero).status("Scoring the baselines …"):
-            scores |= _baseline_scores(opened, model, raw, scored)
+            scores |= _baseline_scores(opened, model, raw, scored, job.data.scored)
     del raw
     add_to_run(trainer, job, folder, lambda: save(scores, finished=False))
     with tracked(trainer, folder, model.rule, scores, plot_every=job.run.plot_every, checkpoint=checkpoint):
@@ -159,7 +159,7 @@ def _execute(job: Job) -> Run:
         artifact.round_as_saved(model)
         once(trainer, lambda: save(scores))
         if job.data.eval_split is not None:
-            scores["this merge"] = scored(model.to(device), tuple(job.data.tasks))
+            scores["this merge"] = scored(model.to(device), job.data.scored)
             once(trainer, lambda: save(scores))
     if not trainer.fast_dev_run:
         once(trainer, lambda: _plot(folder, model, scores))
@@ -171,13 +171,25 @@ def _baseline_scores(
     model: MergedModel,
     raw: TaskVectors,
     scored: Callable[[MultiTaskModel, Sequence[str]], Scores],
+    tasks_scored: Sequence[str],
 ) -> dict[str, Scores]:
     """Scores of all merges that need no training; experts with their own buffers."""
     scores = {}
-    for name, candidate, tasks in baselines(model, raw):
+    for name, candidate, tasks in baselines(model, raw, tasks_scored):
         with opened.buffers_of(tasks[0] if name.startswith("expert ") else None):
             scores[name] = scored(candidate, tasks)
     return scores
+
+
+def _said_of_data(job: Job) -> list[str]:
+    """What the scores do not say of themselves."""
+    transductive = job.data.transductive()
+    if job.data.split == job.data.eval_split:
+        first = f"Adapting on the split '{job.data.split}' that is also evaluated on: scores are transductive."
+    else:
+        tasks = ", ".join(transductive)
+        first = f"Adapting on the samples that are also evaluated on: scores of {tasks} are transductive."
+    return [*([first] if transductive else []), *job.data.unscored()]
 
 
 def _peak_memory(device: torch.device) -> int:
@@ -197,7 +209,8 @@ def _plot(folder: Path, model: MergedModel, scores: Mapping[str, Scores]) -> Non
 
 def _own(job: Job) -> Job:
     """The job with a recipe and data of its own, whose seeds are the run's where none are given."""
-    job = replace(job, recipe=copy(job.recipe), data=job.data.prepared_by(job.recipe.backbone.prepare))
+    backbone = job.recipe.backbone
+    job = replace(job, recipe=copy(job.recipe), data=job.data.prepared_by(backbone.preparer, backbone.collate))
     if job.data.seed is None:
         job.data.seed = job.seed_everything
     if job.recipe.vectors.seed is None:
@@ -206,7 +219,12 @@ def _own(job: Job) -> Job:
 
 
 def _open(trainer: pl.Trainer, job: Job) -> Opened:
-    """Rank 0 checks the sources first, alone: it hashes, builds demos, and its error ends every rank."""
+    """Rank 0 checks the sources first, alone: it fetches, hashes, builds demos, and its error ends every rank."""
     mine = []
-    once(trainer, lambda: mine.append(job.recipe.open(job.data.classes)))  # what stays here cannot travel
+
+    def checked() -> None:
+        survey_of(job)  # before anything large is fetched
+        mine.append(job.recipe.open(job.data.classes))  # what stays here cannot travel
+
+    once(trainer, checked)
     return mine[0] if mine else job.recipe.open(job.data.classes)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 Batch = Mapping[str, Any]
 
 KEPT = "merged.features"  # [B, D] in a batch: the merged features of its samples, from a merge that is not trained
+ROWS = "rows"  # [N] in a batch: where among its flattened tokens [B · L] the answers stand, if not one per sample
 UNLABELED = -100  # the label of a sample that has none: it is neither learned from nor scored
 
 

@@ -57,7 +57,9 @@ def _variants(classes: list[type], options: Container[str] = ()) -> dict[str, Ca
 
 RULES = _variants(_family(MergeRule), {"activation"})
 TRANSFORMS = _variants(_family(Transform))
-OBJECTIVES = _variants(_family(Objective), {"loss", "on", "normalize", "confident", "divide_by_log_classes"})
+OBJECTIVES = _variants(
+    _family(Objective), {"loss", "on", "normalize", "confident", "divide_by_log_classes", "symmetric"}
+)
 TASK_MODULES = _variants(_family(TaskModule))
 
 assert LayerWise in _family(MergeRule)

@@ -119,12 +119,12 @@ def test_distillation_without_teachers():
 @pytest.mark.parametrize("number", [-100, None])
 def test_labels_that_are_missing(config, tmp_path, number):
     plain = config({"objectives": [objective("Supervised")]}, data={"eval_split": None})
-    task = plain["data"]["tasks"]["b"]
-    if number is None:
-        task["class_path"] = "tests.test_bad_input.Bare"
-    else:
-        task["init_args"]["shift"] = -200
-    with pytest.raises(InputError, match=r"An objective needs labels, but the split 'train' of b has none; adapt on"):
+    for task in plain["data"]["tasks"].values():
+        if number is None:
+            task["class_path"] = "tests.test_bad_input.Bare"
+        else:
+            task["init_args"]["shift"] = -200
+    with pytest.raises(InputError, match=r"An objective needs labels, but the split 'train' of .*b.* has none; adapt"):
         adamerge.train(plain)
     assert not (tmp_path / "runs").exists()
 

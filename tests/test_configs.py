@@ -28,6 +28,8 @@ FILES = sorted({*CONFIGS.rglob("*.yaml")} - SWEEPS)
 HUB = [path for path in FILES if path.name.startswith("vit_")]
 PAPER = [path for path in FILES if re.fullmatch(r"(zoo|vit_b32)_(task|layer)_wise(_pp)?", path.stem)]
 RECIPES = [path for path in FILES if path.name.startswith("zoo_")]
+ELSEWHERE = [path for path in FILES if path.name.startswith(("clip_", "glue_"))]  # see tests/test_recipes.py
+ALONE = [path for path in FILES if path not in (*HUB, *RECIPES, *ELSEWHERE)]
 SHORT = {"trainer.max_steps": 2, "run.baselines": False}
 
 
@@ -66,7 +68,7 @@ def losses(run):
     return [float(row["train/loss"]) for row in rows if row["train/loss"]]
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if p not in (*HUB, *RECIPES)], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", ALONE, ids=lambda path: path.stem)
 def test_configuration_runs(path, tmp_path):
     done = run(path, tmp_path, **{"data.eval_batch_size": 20, "trainer.limit_val_batches": 1})
     assert done.dir.parent.name == stack(path)[-1].stem
@@ -106,7 +108,7 @@ def test_a_fresh_process_scores_all_recipes_as_their_runs_did(trained):
         found = {}
         for name, run in json.loads(sys.argv[1]).items():
             merge, data = adamerge.load(run), data_of(Path(run) / "config.yaml")
-            data.prepare = merge.backbone.prepare
+            data.preparer = merge.backbone.preparer
             batches = {task: islice(loader, 2) for task, loader in data.eval_loaders().items()}
             found[name] = evaluate(merge, batches, data.num_classes, torch.device("cpu"))
         print(json.dumps(found))

@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from adamerge.data import Digits, StepSampler, StepStream, TensorTask, UnlabeledTasks
-from adamerge.evaluation import evaluate
+from adamerge.evaluation import confusion, evaluate, score
 from adamerge.types import InputError
 from tests.tiny import CLASSES, TASKS, data_of, merged_of
 
@@ -109,13 +109,44 @@ def test_evaluation_is_the_accuracy():
 
 
 def test_a_task_that_collapses_is_said():
-    from adamerge.evaluation import score
+    def scored(said, true):
+        metric = confusion(2)
+        metric.update(torch.nn.functional.one_hot(torch.tensor(said), 2).float(), torch.tensor(true))
+        return score("a", metric.compute())
 
-    table = torch.tensor([[5, 0], [5, 0]])
-    accuracy, collapse = score("a", table)
+    accuracy, collapse = scored([0] * 10, [0, 1] * 5)
     assert accuracy == 0.5
     assert collapse == ("a", 1.0, 0.5)
-    assert score("a", torch.tensor([[5, 0], [0, 5]]))[1] is None
+    assert scored([0, 1] * 5, [0, 1] * 5)[1] is None
+
+
+def test_a_score_needs_two_numbers_per_class_and_counts_labels_alone():
+    from torchmetrics.classification import MulticlassAccuracy
+
+    from adamerge.types import UNLABELED
+
+    metric, reference = confusion(32128), MulticlassAccuracy(32128, average="micro", ignore_index=UNLABELED)
+    assert sum(state.numel() for state in metric._defaults.values()) == 2 * 32128 + 1
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        logits = torch.randn(7, 32128, generator=generator)
+        label = torch.randint(32128, (7,), generator=generator)
+        label[:2], label[2:4] = UNLABELED, logits[2:4].argmax(-1)
+        metric.update(logits, label.to(torch.int32))
+        reference.update(logits, label)
+    counts = metric.compute()
+    assert (int(counts.true_C.sum()), int(counts.predicted_C.sum()), counts.true_C.dtype) == (15, 15, torch.int64)
+    assert score("a", counts)[0] == pytest.approx(float(reference.compute())) == 0.4
+
+
+def test_labels_beyond_the_classes_are_said():
+    model = merged_of()
+    for label, odd in (([0, 9], 9), ([0, -3], -3)):
+        batch = {"input": torch.randn(2, 5), "label": torch.tensor(label)}
+        with pytest.raises(InputError, match=rf"Task 'a' has {CLASSES['a']} classes, but a sample is labelled {odd}"):
+            evaluate(model, {"a": [batch]}, CLASSES, torch.device("cpu"))
+    with pytest.raises(InputError, match="scored on samples without labels; set"):
+        evaluate(model, {"a": [{**batch, "label": torch.full((2,), -100)}]}, CLASSES, torch.device("cpu"))
 
 
 def test_fewer_samples_than_ranks_are_refused():

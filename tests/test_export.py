@@ -190,23 +190,23 @@ def test_an_existing_folder_is_left_alone(run, tmp_path):
 EXPORT = OpenCLIP.export
 
 
-def other_network(self, net, base, folder):
+def other_network(self, net, base, folder, heads):
     with torch.no_grad():
         next(p for p in net.parameters() if p.dim() > 1)[0].mul_(1.01)
-    EXPORT(self, net, base, folder)
+    EXPORT(self, net, base, folder, heads)
 
 
-def other_text(self, net, base, folder):
-    EXPORT(self, net, base, folder)
+def other_text(self, net, base, folder, heads):
+    EXPORT(self, net, base, folder, heads)
     state = load_file(folder / "open_clip_model.safetensors")
     state["text_projection"] = F.normalize(state["text_projection"] + 0.1)
     save_file(state, folder / "open_clip_model.safetensors")
 
 
-def not_a_number(self, net, base, folder):
+def not_a_number(self, net, base, folder, heads):
     with torch.no_grad():
         next(p for p in net.parameters() if p.dim() > 1).fill_(torch.nan)
-    EXPORT(self, net, base, folder)
+    EXPORT(self, net, base, folder, heads)
 
 
 @pytest.mark.parametrize("wrong", [other_network, other_text, not_a_number])

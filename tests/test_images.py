@@ -81,7 +81,7 @@ def test_missing_folders_and_splits(folder, tmp_path):
     with pytest.raises(InputError, match=r"no folder 'val' for the split 'val'; it has \['test', 'train'\]"):
         ImageFolder(str(folder)).split("val")
     (tmp_path / "flat").mkdir()
-    with pytest.raises(InputError, match="holds no SPLIT/CLASS folders"):
+    with pytest.raises(InputError, match="holds no folders of splits: SPLIT/CLASS"):
         _ = ImageFolder(str(tmp_path / "flat")).classes
 
 
@@ -106,11 +106,46 @@ def test_a_file_cut_short_is_one_sentence_from_a_worker_too(folder):
     Image.effect_noise((64, 64), 50).save(file)
     file.write_bytes(file.read_bytes()[:2000])
     data = UnlabeledTasks({"pets": ImageFolder(str(folder))}, num_workers=1, cache_limit=0)
-    data.prepare = lambda sample: {"image": torch.zeros(1), "label": sample["label"]}
+    data.preparer = lambda task: lambda sample: {"image": torch.zeros(1), "label": sample["label"]}
     with pytest.raises(InputError) as caught:
         list(data.eval_loaders()["pets"])
     assert str(caught.value).startswith("The image ")
     assert "Traceback" not in str(caught.value)
+
+
+def test_class_folders_of_splits_must_agree(folder):
+    (folder / "test" / "bird").mkdir()
+    picture(3).save(folder / "test" / "bird" / "0.png")
+    data = ImageFolder(str(folder))
+    assert data.classes == ["dog", "house cat"]  # those of train, whatever else lies about
+    with pytest.raises(
+        InputError, match=r"'test' in .* has class folders that 'train' lacks: 1 \(bird\)\. .* add these"
+    ):
+        data.split("test")
+    (folder / "train" / "bird").mkdir()
+    assert [sample["label"] for sample in data.split("test")] == [0, 1, 1, 2, 2]  # alphabetical: bird first
+    (folder / "val" / "house_cat").mkdir(parents=True)  # fewer do no harm
+    picture(3).save(folder / "val" / "house_cat" / "0.png")
+    assert [sample["label"] for sample in data.split("val")] == [2]
+
+
+def test_class_folders_are_those_of_the_split_called_train(folder):
+    (folder / "all").mkdir()
+    (folder / "train").rename(folder / "learning")
+    (folder / "learning" / "horse").mkdir()
+    assert ImageFolder(str(folder)).classes == ["dog", "horse", "house cat"]  # the first that has some
+    (folder / "a").mkdir()
+    (folder / "a" / "dog").mkdir()
+    assert ImageFolder(str(folder)).classes == ["dog"]
+    assert ImageFolder(str(folder), splits={"train": "test"}).classes == ["dog", "house cat"]
+
+
+def test_a_folder_without_class_folders_may_name_its_classes(tmp_path):
+    (tmp_path / "flat" / "train").mkdir(parents=True)
+    picture(3).save(tmp_path / "flat" / "train" / "0.png")
+    assert ImageFolder(str(tmp_path / "flat")).classes == []
+    assert ImageFolder(str(tmp_path / "flat"), classes=["a", "b"]).classes == ["a", "b"]
+    assert not ImageFolder(str(tmp_path / "flat")).split("train").labelled
 
 
 # --- data sets
@@ -132,7 +167,7 @@ def test_a_data_set_is_read(tmp_path, layout, monkeypatch):
     assert len(data.split("test")) == 4
     if layout == "parquet":
         assert len(HFDataset(str(tmp_path / "data"), splits={"unlabeled": "train[:50%]"}).split("unlabeled")) == 3
-    with pytest.raises(InputError, match=r"The split 'val' of the data set .* cannot be opened"):
+    with pytest.raises(InputError, match=r"has no split 'val'|The split 'val' of the data set .* cannot be opened"):
         data.split("val")
     again = pickle.loads(pickle.dumps(data))
     assert len(again.split("test")) == 4
@@ -141,8 +176,13 @@ def test_a_data_set_is_read(tmp_path, layout, monkeypatch):
 def test_columns_and_classes_can_be_given(tmp_path):
     renamed = rows().rename_columns({"image": "img", "label": "fine_label"})
     datasets.DatasetDict(train=renamed).save_to_disk(str(tmp_path / "data"))
-    with pytest.raises(InputError, match=r"has no column image; it has img, fine_label\. Say in `columns`"):
+    with pytest.raises(InputError, match=r"it has img, fine_label\. Say in `columns` .*: `columns: \{image: img\}`"):
         HFDataset(str(tmp_path / "data")).split("train")
+    assert len(HFDataset(str(tmp_path / "data"), columns={"image": "img"}).split("train")) == 6
+    with pytest.raises(InputError, match="has no column picture, which `columns` names; it has img, fine_label"):
+        HFDataset(str(tmp_path / "data"), columns={"image": "picture"}).split("train")
+    with pytest.raises(InputError, match=r"`columns` names 1 \(picture\); a sample's entries are image, text, words"):
+        HFDataset(str(tmp_path / "data"), columns={"picture": "img"})
     columns = {"image": "img", "label": "fine_label"}
     data = HFDataset(str(tmp_path / "data"), columns=columns, classes=["a red one", "a black one"])
     assert data.classes == ["a red one", "a black one"]
@@ -173,7 +213,7 @@ def test_labels_in_words_are_refused(tmp_path):
         str(tmp_path / "data")
     )
     data = HFDataset(str(tmp_path / "data"), classes=["red", "black"])
-    with pytest.raises(InputError, match=r"is labelled '0'; labels are whole numbers"):
+    with pytest.raises(InputError, match=r"is labelled '0', which is not in `classes`: 2 \(red, black\); list"):
         data.split("train")[0]
 
 
@@ -267,7 +307,7 @@ def test_the_budget_is_one_for_all_tasks_and_only_for_repeatable_data(folder):
 
     tasks = {name: ImageFolder(str(folder)) for name in ("a", "b")}
     data = UnlabeledTasks(tasks, split="train", cache_limit=1000e-9)
-    data.prepare = prepare
+    data.preparer = lambda task: prepare
     sizes = [samples.size for samples in data.datasets("train").values()]
     assert sizes == [8 * 108, 0]  # the second would not fit beside the first
     assert UnlabeledTasks(tasks).datasets("train")["a"][0]["label"] == 0
@@ -276,7 +316,9 @@ def test_the_budget_is_one_for_all_tasks_and_only_for_repeatable_data(folder):
 def test_data_used_twice_are_prepared_for_each_run(folder):
     data = UnlabeledTasks({"pets": ImageFolder(str(folder))}, split="train")
     for value in (1, 2):
-        own = data.prepared_by(lambda sample, value=value: {"image": torch.tensor([value]), "label": sample["label"]})
+        own = data.prepared_by(
+            lambda task, value=value: lambda sample: {"image": torch.tensor([value]), "label": sample["label"]}
+        )
         assert own.datasets("train")["pets"][0]["image"].tolist() == [value]
 
 
@@ -284,7 +326,7 @@ def test_an_objective_with_labels_refuses_a_split_without(folder):
     (folder / "unlabeled").mkdir()
     picture(3).save(folder / "unlabeled" / "0.png")
     data = UnlabeledTasks({"pets": ImageFolder(str(folder))}, split="unlabeled", batch_size=1)
-    data = data.prepared_by(lambda sample: {"image": torch.zeros(1), "label": sample["label"]})
+    data = data.prepared_by(lambda task: lambda sample: {"image": torch.zeros(1), "label": sample["label"]})
     data.labels = True
     with pytest.raises(InputError, match=r"An objective needs labels, but the split 'unlabeled' of pets has none"):
         data.check_labels()

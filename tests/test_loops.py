@@ -478,7 +478,7 @@ def train_case(case, rank, world):
     """Four steps with 8 samples of each task in each, on this rank its share of them."""
     module = CASES[case]()
     data = data_of(batch_size=8 // world)
-    data.prepare = double
+    data.preparer = lambda task: double
     data.slot = partial(module.loop.slot, tasks=TASKS, seed=0)
     batches = [data.stream(rank, world)[k] for k in range(4)]
     ddp = {"strategy": "ddp", "devices": world} if world > 1 else {"devices": 1}

@@ -33,6 +33,17 @@ def test_parameters_that_share_memory_are_tied_even_as_two_objects():
     assert ParamSpace.of(net).aliases == {"1.weight": "0.weight"}
 
 
+def test_a_tied_tensor_stays_when_only_a_further_name_of_it_is_apart():
+    """As an output layer that no checkpoint holds, since it is the embedding."""
+    space = ParamSpace.of(TiedNet())
+    stays = space.apart({"outer.weight": "not in the base"})
+    assert stays.shapes == space.shapes
+    assert stays.left_out == {}
+    for gone in ({"inner.weight": "own"}, {"inner.weight": "own", "outer.weight": "own"}):
+        assert set(space.apart(gone).shapes) == {"first.weight", "first.bias", "outer.bias"}
+        assert space.apart(gone).left_out == gone
+
+
 @pytest.mark.parametrize(
     ("group", "names"),
     [

@@ -317,7 +317,7 @@ class Breaks(adamerge.Objective):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c["model"]["experts"].pop("b"), "`model.experts` has the tasks a, c; `data.tasks` has a, b, c"),
+        (lambda c: c["model"]["experts"].pop("b"), "`data.tasks` has b, which `model.experts` has not; it has a, c"),
         (
             lambda c: c["model"]["experts"].update(b="/nowhere/x.safetensors"),
             "There is no checkpoint at '/nowhere/x.safetensors'",

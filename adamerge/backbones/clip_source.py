@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from adamerge.backbones.explained import explained
 from adamerge.checkpoints import Selected, State, absolute, locate, open_state
-from adamerge.hub import hub_or_cache
 from adamerge.types import InputError
 
 WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"  # of open_clip's hub layout
@@ -196,19 +196,6 @@ def _name_and_tag(model: str) -> tuple[str, str | None]:
         return model, None
     name, _, tag = model.removeprefix("open_clip:").partition("/")
     return name, tag or None
-
-
-@contextmanager
-def explained(what: str) -> Iterator[None]:
-    """open_clip and the hub raise what they like; the user gets one sentence."""
-    try:
-        with hub_or_cache():
-            yield
-    except InputError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise InputError(f"{what}: {reason}. Check the name, the network and the file.") from error
 
 
 @contextmanager

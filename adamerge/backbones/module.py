@@ -1,4 +1,5 @@
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,7 +14,8 @@ class Module(Backbone):
     """Any `nn.Module`.
 
     Args:
-        build: Makes the network; a class or function that takes no arguments.
+        build: Makes the network; a class or function.
+        build_args: Its arguments: `{model_name: resnet50, num_classes: 0}` for `timm.create_model`.
         features: Name of the method that maps the input to features [B, D]; by default the network is called itself.
         input: Which entry of the batch is handed to the network.
         heads: Prefix of a linear head's tensors in each expert's checkpoint (`head.` reads `head.weight` and
@@ -21,25 +23,41 @@ class Module(Backbone):
         train_heads: Train the heads along with the merge; they are frozen otherwise.
         blocks: Regular expression of the whole names of the network's blocks; by default the parts of its largest
             `nn.ModuleList`, else `nn.Sequential`.
+
+    Raises:
+        InputError: `build` is a network already, or does not take `build_args`.
     """
 
     def __init__(
         self,
         build: Callable[[], nn.Module],
         *,
+        build_args: Mapping[str, Any] | None = None,
         features: str | None = None,
         input: str = "input",
         heads: str | Mapping[str, str] = "head.",
         train_heads: bool = False,
         blocks: str | None = None,
     ) -> None:
+        if isinstance(build, nn.Module):  # also of a function under `class_path`, which the parser calls
+            raise InputError(
+                f"`backbone.build` is a {type(build).__name__} already: name the class or function that makes it, as "
+                "in `build: timm.create_model`, and its arguments in `backbone.build_args`."
+            )
         if not isinstance(heads, str):  # found again from any working directory
             heads = self._arguments["heads"] = {task: absolute(str(path)) for task, path in heads.items()}
-        self._build, self._features, self._input, self._heads = build, features, input, heads
+        self._build: Callable[..., nn.Module] = build
+        self._build_args = dict(build_args or {})
+        self._features, self._input, self._heads = features, input, heads
         self._train_heads, self._blocks = train_heads, blocks
 
     def build(self) -> nn.Module:
-        net = self._build()
+        try:
+            net = self._build(**self._build_args)
+        except TypeError as error:
+            raise InputError(
+                f"`backbone.build` does not make a network: {error}. Give it its arguments in `backbone.build_args`."
+            ) from error
         if self._features and not callable(getattr(net, self._features, None)):
             raise InputError(f"`backbone.features` is '{self._features}', which is no method of {type(net).__name__}.")
         return net

@@ -1,6 +1,5 @@
 """CLIP models of open_clip: the image tower is merged, the base's text tower makes the heads."""
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -10,19 +9,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import track
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from adamerge.backbones.base import Backbone
 from adamerge.backbones.clip_source import CONFIG, WEIGHTS, ClipSource, lasting
+from adamerge.backbones.prompts import Embed, check_prompts, head_of, kept_heads, prompts_of
 from adamerge.blocks import block_names
 from adamerge.checkpoints import State
-from adamerge.files import atomic_file, cache_dir, sha256
-from adamerge.task_modules import TaskModule, ZeroShotHead
-from adamerge.terminal import progress_console
-from adamerge.types import Batch, InputError, TaskInfo, some
+from adamerge.files import sha256
+from adamerge.task_modules import TaskModule
+from adamerge.types import Batch, InputError, TaskInfo
 
 
 class OpenCLIP(Backbone):
@@ -60,10 +57,9 @@ class OpenCLIP(Backbone):
         self._source, self._templates, self._input = ClipSource(lasting(model)), templates, input
         self._blocks = blocks
         self._settings: dict[str, Any] = {}  # of the preprocessing, once a model was made
-        every = list(templates.values()) if isinstance(templates, Mapping) else [templates]
-        wrong = [prompt for prompts in every for prompt in prompts if "{}" not in prompt]
-        if wrong or not all(every):
-            raise InputError(f"`backbone.templates` need {{}} for the class name; {wrong or 'an empty list'} has none.")
+        check_prompts(templates)
+
+    has_heads, library = True, "open_clip"
 
     # --- the network
 
@@ -109,40 +105,22 @@ class OpenCLIP(Backbone):
 
     def templates(self, task: str) -> Sequence[str]:
         """The prompts of a task."""
-        if not isinstance(self._templates, Mapping):
-            return self._templates
-        if task not in self._templates:
-            raise InputError(f"`backbone.templates` has none for task '{task}'; it has {', '.join(self._templates)}.")
-        return self._templates[task]
+        return prompts_of(self._templates, task)
 
     def head(self, task: TaskInfo) -> TaskModule:
         return self.heads([task])[task.name]
 
     def heads(self, tasks: Sequence[TaskInfo]) -> dict[str, TaskModule]:
-        kept = {task.name: self._kept(task) for task in tasks}
-        missing = [task for task in tasks if not _is_whole(kept[task.name])]
-        if missing:
-            clip, tokenize = self._whole(missing[0].base), self._source.tokenizer()
-            for task in track(missing, "Zero-shot heads", console=progress_console(), transient=True):
-                self._embed(task, clip, tokenize, kept[task.name])
-        return {task.name: _head(task, load_file(kept[task.name])) for task in tasks}
-
-    def _kept(self, task: TaskInfo) -> Path:
-        """Where a task's head is kept: a name made of everything it depends on."""
-        classes = list(task.classes or ())
-        repeated = sorted({name for name in classes if classes.count(name) > 1})
-        if repeated or not classes:
-            fault = f"has the class names {some(repeated)} more than once" if repeated else "has no class names"
-            raise InputError(f"Task '{task.name}' {fault}; its zero-shot head is made from one name for each class.")
-        assert isinstance(task.base, State)
-        made_of = [task.base.sha256(), self._source.config(), classes, list(self.templates(task.name))]
+        base = tasks[0].base
+        assert isinstance(base, State)
+        made_of = [base.sha256(), self._source.config()]
         made_of += [[file.name, sha256(file)] for file in self._source.tokenizer_files()]
-        return cache_dir() / "heads" / (hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:32] + ".safetensors")
 
-    def _embed(self, task: TaskInfo, clip: Any, tokenize: Any, where: Path) -> None:
-        head = _embedded(clip, tokenize, list(task.classes or ()), self.templates(task.name))
-        with atomic_file(where) as new:
-            save_file(head, new)
+        def embedder() -> Embed:
+            clip, tokenize = self._whole(base), self._source.tokenizer()
+            return lambda classes, prompts: _embedded(clip, tokenize, classes, prompts)
+
+        return kept_heads(tasks, self._templates, made_of, embedder)
 
     def _whole(self, base: Mapping[str, Tensor] | None) -> Any:
         assert isinstance(base, State)
@@ -151,7 +129,7 @@ class OpenCLIP(Backbone):
     # --- export
 
     @torch.no_grad()
-    def export(self, net: nn.Module, base: State, folder: Path) -> None:
+    def export(self, net: nn.Module, base: State, folder: Path, heads: Mapping[str, TaskModule]) -> None:
         assert isinstance(net, _ImageTower)
         image = {f"visual.{name}": tensor for name, tensor in net.visual.state_dict().items()}
         dtype = next(tensor.dtype for tensor in image.values() if tensor.is_floating_point())
@@ -178,7 +156,7 @@ class OpenCLIP(Backbone):
         clip = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True).eval()
         tokenize = open_clip.get_tokenizer(f"local-dir:{folder}")
         return {
-            task: _head(TaskInfo(task, names), _embedded(clip, tokenize, names, self.templates(task)))
+            task: head_of(TaskInfo(task, names), _embedded(clip, tokenize, names, self.templates(task)))
             for task, names in classes.items()
         }
 
@@ -188,6 +166,20 @@ class OpenCLIP(Backbone):
         shape = (size, size) if isinstance(size, int) else tuple(size)
         generator = torch.Generator().manual_seed(0)
         return {self._input: torch.randint(256, (number, 3, *shape), generator=generator, dtype=torch.uint8)}
+
+    def loading(self, task: str) -> str:
+        return f"""import json
+import open_clip
+import torch
+from PIL import Image
+
+clip, _, preprocess = open_clip.create_model_and_transforms("local-dir:{{folder}}")
+tokenize = open_clip.get_tokenizer("local-dir:{{folder}}")
+task = json.load(open("{{folder}}/tasks.json"))["{task}"]
+head = open_clip.build_zero_shot_classifier(clip.eval(), tokenize, task["classes"], task["templates"])
+with torch.inference_mode():
+    features = clip.encode_image(preprocess(Image.open("picture.png"))[None], normalize=True)
+print(task["classes"][int((features @ head).argmax())])"""
 
     def about(self, task: str) -> Mapping[str, Any]:
         return {"templates": list(self.templates(task))}
@@ -225,10 +217,6 @@ def _embedded(clip: Any, tokenize: Any, classes: Sequence[str], templates: Seque
     return {name: tensor.float().clone() for name, tensor in head.items()}
 
 
-def _head(task: TaskInfo, made: Mapping[str, Tensor]) -> ZeroShotHead:
-    return ZeroShotHead(task, made["weight"], float(made["scale"]), float(made["bias"]))
-
-
 def _eight_bits(image: Any) -> Any:
     """A PIL image with 16 bits a channel as one with 8; PIL itself would cut all values at 255."""
     if image.mode.startswith("I;16"):
@@ -238,10 +226,3 @@ def _eight_bits(image: Any) -> Any:
     if image.mode in ("I", "F"):
         raise InputError(f"An image is of mode {image.mode}, 32-bit numbers of no fixed range; save it with 8 bits.")
     return image
-
-
-def _is_whole(head: Path) -> bool:
-    try:
-        return set(load_file(head)) == {"weight", "scale", "bias"}
-    except (OSError, SafetensorError):
-        return False

@@ -1,8 +1,9 @@
 """Unlabeled samples of every task, and labelled ones to evaluate on."""
 
-from adamerge.data.base import TaskData, TensorTask
+from adamerge.data.base import MissingSplit, TaskData, TensorTask
 from adamerge.data.digits import Digits
-from adamerge.data.images import HFDataset, ImageFolder
+from adamerge.data.hf import HFDataset
+from adamerge.data.images import ImageFolder
 from adamerge.data.stream import StepSampler, StepStream
 from adamerge.data.unlabeled import UnlabeledTasks
 
@@ -10,6 +11,7 @@ __all__ = [
     "Digits",
     "HFDataset",
     "ImageFolder",
+    "MissingSplit",
     "StepSampler",
     "StepStream",
     "TaskData",

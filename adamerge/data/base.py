@@ -12,11 +12,18 @@ from adamerge.recorded import Recorded
 from adamerge.types import InputError
 
 
+class MissingSplit(InputError):
+    """There is no such split: a task whose evaluation split is missing is not scored."""
+
+
 class TaskData(Recorded, ABC):
     """One task's data: split: name -> map-style dataset of {"label": int, ...: tensors or what a backbone prepares}.
 
-    A dataset with an attribute `fingerprint`, a text that changes with the samples, lets other runs find what was
-    computed from them.
+    Samples may lack "label". A dataset may have attributes that say more of it:
+
+    * `fingerprint`, a text that changes with the samples, lets other runs find what was computed from them;
+    * `labelled`, true where some sample has a label; where it is not, a few samples are looked at;
+    * `lengths`, N whole numbers: samples of like length then share a batch.
 
     Attributes:
         repeatable: A sample is the same whenever it is asked for, so that it may be remembered once it is prepared.
@@ -27,14 +34,15 @@ class TaskData(Recorded, ABC):
     @property
     @abstractmethod
     def classes(self) -> Sequence[str]:
-        """The C class names, in the order of the labels."""
+        """The C class names, in the order of the labels; none where they are not known."""
 
     @abstractmethod
     def split(self, name: str) -> Dataset[Mapping[str, Any]]:
         """The samples of a split.
 
         Raises:
-            InputError: No such split.
+            MissingSplit: No such split.
+            InputError: It cannot be read.
         """
 
 
@@ -57,7 +65,7 @@ class TensorTask(TaskData):
 
     def split(self, name: str) -> Dataset[Mapping[str, Any]]:
         if name not in self._splits:
-            raise InputError(f"There is no split '{name}'; there are {', '.join(self._splits)}.")
+            raise MissingSplit(f"There is no split '{name}'; there are {', '.join(self._splits)}.")
         return _Tensors(*self._splits[name])
 
 
@@ -70,6 +78,11 @@ class _Tensors(Dataset[Mapping[str, Any]]):
         """Of the values."""
         values = (tensor.contiguous().view(torch.uint8).numpy() for tensor in (self._inputs, self._labels))
         return hashlib.sha256(b"".join(map(bytes, values))).hexdigest()
+
+    @property
+    def labelled(self) -> bool:
+        """Whether some label is one."""
+        return bool((self._labels >= 0).any())
 
     def __len__(self) -> int:
         return len(self._inputs)

@@ -3,7 +3,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from adamerge.data.base import TaskData, TensorTask
+from adamerge.data.base import MissingSplit, TaskData, TensorTask
 from adamerge.demo import digits
 from adamerge.types import InputError
 
@@ -30,4 +30,6 @@ class Digits(TaskData):
         return digits.CLASSES[self._task]
 
     def split(self, name: str) -> Dataset[Mapping[str, Any]]:
+        if name not in digits.SPLITS:
+            raise MissingSplit(f"The digits have the splits {', '.join(digits.SPLITS)}; asked for '{name}'.")
         return TensorTask(self.classes, **{name: digits.samples(self._task, name)}).split(name)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 Prepare = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+Preparer = Callable[[str], Prepare]  # of a task
 
 
 class Prepared(Dataset[Mapping[str, Any]]):
@@ -44,6 +45,16 @@ class Prepared(Dataset[Mapping[str, Any]]):
     def fingerprint(self) -> str | None:
         """Of the raw samples; None where it is not known."""
         return getattr(self._samples, "fingerprint", None)
+
+    @property
+    def labelled(self) -> bool | None:
+        """Whether some raw sample has a label; None where it is not known."""
+        return getattr(self._samples, "labelled", None)
+
+    @property
+    def lengths(self) -> Sequence[int] | None:
+        """Of the raw samples; None where they have none."""
+        return getattr(self._samples, "lengths", None)
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         if self._memory is None:

@@ -9,10 +9,13 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, SequentialSampler, default_collate
 
+from adamerge.backbones.base import num_answers
+from adamerge.data.order import by_length
 from adamerge.seeding import seed_of
-from adamerge.types import KEPT, Batch
+from adamerge.types import KEPT, UNLABELED, Batch
 
 Slot = Callable[[int], tuple[int, Sequence[str]]]
+Collate = Callable[[list[Any]], Any]
 Tables = Mapping[str, Mapping[str, Any]]
 
 
@@ -44,6 +47,9 @@ class StepStream(Dataset[Mapping[str, Batch]]):
     * B of them, dealt out in turn: ranks never share a position, and W ranks see what one rank with W * B samples per
     step sees. An optimiser step that serves some of the tasks takes theirs alone, from the step that `slot` names.
 
+    Where a dataset knows its samples' `lengths`, those of like length share a batch: each permutation is drawn so that
+    the W * B samples of a step, those between two permutations aside, are neighbours among the 64 * W * B about them.
+
     Args:
         splits: Map-style dataset per task.
         batch_size: B, samples per task on this rank.
@@ -51,12 +57,14 @@ class StepStream(Dataset[Mapping[str, Batch]]):
             random.
         rank: This rank.
         world_size: W.
-        labels: Keep the entry "label".
+        labels: Keep the entry "label"; where there is none, it says so: -100 for every answer.
         inputs: Read the samples also where merged features stand in their place.
         slot: From an optimiser step to the step whose batches it takes, and the tasks it takes them of; by default its
             own, of all tasks.
         tables: Per task what is known of all its samples beforehand, [N, …] or a list of such, by the name of an entry;
             merged features among them stand in the place of the samples themselves.
+        collate: Makes a batch of samples.
+        bucket_by_length: Whether `lengths` count.
     """
 
     def __init__(
@@ -71,10 +79,13 @@ class StepStream(Dataset[Mapping[str, Batch]]):
         inputs: bool = False,
         slot: Slot | None = None,
         tables: Tables | None = None,
+        collate: Collate = default_collate,
+        bucket_by_length: bool = True,
     ) -> None:
         self._splits, self._batch_size, self._seed = dict(splits), batch_size, seed
         self._rank, self._world_size, self._labels = rank, world_size, labels
-        self._inputs, self._slot, self._tables = inputs, slot, tables or {}
+        self._inputs, self._slot, self._tables, self._collate = inputs, slot, tables or {}, collate
+        self._bucket = bucket_by_length
         self._permutation = lru_cache(maxsize=2 * len(self._splits))(self._draw)
 
     def __getitem__(self, k: int) -> Mapping[str, Batch]:
@@ -85,7 +96,9 @@ class StepStream(Dataset[Mapping[str, Batch]]):
     def _batch(self, task: str, positions: range) -> Batch:
         table = self._tables.get(task, {})
         read = self._labels or self._inputs or KEPT not in table
-        batch = default_collate([self._sample(task, position) for position in positions]) if read else {}
+        batch = self._collate([self._sample(task, position) for position in positions]) if read else {}
+        if self._labels and "label" not in batch:
+            batch = {**batch, "label": torch.full((num_answers(batch),), UNLABELED)}
         if not table:
             return batch
         index_B = self._indices(task, positions)
@@ -115,7 +128,14 @@ class StepStream(Dataset[Mapping[str, Batch]]):
 
     def _draw(self, task: str, epoch: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed_of(self._seed, "order", task, epoch))
-        return torch.randperm(len(self._splits[task]), generator=generator)  # type: ignore[arg-type]
+        size = len(self._splits[task])  # type: ignore[arg-type]
+        order_N = torch.randperm(size, generator=generator)
+        lengths = getattr(self._splits[task], "lengths", None) if self._bucket else None
+        if lengths is None:
+            return order_N
+        batch = self._batch_size * self._world_size
+        start = -epoch * size % batch  # an epoch begins wherever the one before has ended
+        return by_length(order_N, torch.as_tensor(lengths), batch, start=start, generator=generator)
 
     def _sample(self, task: str, position: int) -> Mapping[str, Any]:
         seed = seed_of(self._seed, "sample", task, position)

@@ -14,9 +14,9 @@ def locate_demo(name: str) -> Path:
     Raises:
         InputError: No such pool or model.
     """
-    from adamerge.demo import digits, zoo
+    from adamerge.demo import digits, texts, zoo
 
-    pools = {"digits": digits.locate, "zoo": zoo.locate}
+    pools = {"digits": digits.locate, "zoo": zoo.locate, "texts": texts.locate}
     pool, _, model = name.partition("/")
     if pool not in pools:
         raise InputError(f"There is no demo pool '{pool}'; there are {', '.join(pools)}.")

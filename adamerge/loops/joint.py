@@ -11,7 +11,7 @@ from adamerge.loops.min_norm import gram, min_norm_weights
 from adamerge.loops.tally import Tally, counts_of
 from adamerge.ranks import sum_over_ranks, world_size
 from adamerge.step import Step
-from adamerge.types import Batch, InputError, some
+from adamerge.types import ROWS, Batch, InputError, some
 
 if TYPE_CHECKING:
     from adamerge.module import AdaMerge
@@ -101,7 +101,8 @@ class Joint(Loop):
     def _task(self, module: "AdaMerge", step: Step, tally: Tally, task: str, batch: Batch) -> None:
         size = batch_size(batch)
         width = min(self.micro_batch or size, size)
-        parts = [part_of(batch, slice(start, start + width)) for start in range(0, size, width)]
+        whole = width == size
+        parts = [batch] if whole else [part_of(batch, slice(start, start + width)) for start in range(0, size, width)]
         counts = self._filtered_counts(module, task, parts) if len(parts) > 1 else None
         for part in parts:
             terms = module.terms(module.respond(task, part), part)
@@ -120,7 +121,7 @@ class Joint(Loop):
 
 def check_reached(step: Step, module: "AdaMerge", batches: Mapping[str, Batch]) -> None:
     """Refuse a step of all tasks whose losses depend on nothing that is trained."""
-    if not step.reached and len(batches) == len(module.model.tasks):
+    if not step.reached and len(batches) == len(module.served_tasks):
         objectives = " + ".join(type(objective).__name__ for objective in module.objectives)
         raise InputError(
             f"No loss depends on what is trained: {objectives} says nothing of {some(trained_names(module.model))}. "
@@ -129,7 +130,16 @@ def check_reached(step: Step, module: "AdaMerge", batches: Mapping[str, Batch]) 
 
 
 def part_of(batch: Batch, part: slice) -> Batch:
-    """Some samples of a batch; entries may be tensors, lists of tensors, or lists with one item for each sample."""
+    """Some samples of a batch; entries may be tensors, lists of tensors, or lists with one item for each sample.
+
+    Raises:
+        InputError: It is answered otherwise than once for each sample.
+    """
+    if ROWS in batch:
+        raise InputError(
+            "A batch that has several answers for a sample cannot be split: leave `loop.micro_batch` out, take another "
+            "loop, or lower `data.batch_size`."
+        )
 
     def of(value: Any) -> Any:
         return [item[part] for item in value] if isinstance(value, list) and torch.is_tensor(value[0]) else value[part]

@@ -1,6 +1,6 @@
 """The table of scores, and numbers as a person reads them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,10 +12,18 @@ if TYPE_CHECKING:
     from adamerge.evaluation import Scores  # at run time it brings torchmetrics, and that pyplot
 
 
-def score_table(scores: Mapping[str, "Scores"], *, title: str = "Accuracy in %") -> str:
-    """A row per merge and a column per task, with the mean where all tasks were scored; the experts share one row."""
+def score_table(
+    scores: Mapping[str, "Scores"], *, title: str = "Accuracy in %", tasks: Sequence[str] | None = None
+) -> str:
+    """A row per merge and a column per task, with the mean over those that were scored; the experts share one row.
+
+    Args:
+        scores: Accuracy in [0, 1] per row and task.
+        title: Stands above.
+        tasks: All there are, those that were not scored too; by default those that were.
+    """
     rows = with_experts_joined(scores)
-    tasks = list(dict.fromkeys(task for each in rows.values() for task in each))
+    tasks = list(dict.fromkeys([*(tasks or ()), *(task for each in rows.values() for task in each)]))
     table = Table(title=title, title_justify="left")
     table.add_column("")
     for name in (*tasks, "mean"):

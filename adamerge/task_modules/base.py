@@ -31,6 +31,11 @@ class TaskModule(Recorded, Learnable, ABC):
         self.task, self.classes = task.name, tuple(task.classes or ())
 
     @property
+    def num_classes(self) -> int | None:
+        """C, where this module makes the logits. Default: as many as there are class names."""
+        return len(self.classes) or None
+
+    @property
     def inside(self) -> bool:
         """Whether `attach` changes the network, and so the features. Default: where it is overridden."""
         return type(self).attach is not TaskModule.attach

@@ -1,0 +1,101 @@
+"""Folders that transformers loads: weights in shards, configuration, tokenizer or processor, heads."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from adamerge.backbones.layout import Layout
+from adamerge.modules import identity
+
+SHARD = "5GB"
+_BESIDE = (
+    *("tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json", "*.model", "spiece*"),
+    *("preprocessor_config.json", "processor_config.json", "generation_config.json", "chat_template*"),
+)
+
+
+class FolderWriter:
+    """Writes networks as `save_pretrained` does; the weights that tasks share are on the disk once.
+
+    Args:
+        layout: The names of the network's tensors.
+        source: The folder whose tokenizer, processor and generation settings go along.
+    """
+
+    def __init__(self, layout: Layout, source: Path) -> None:
+        self._layout, self._source = layout, source
+        self._shards: dict[str, list[str]] = {}
+        self._root = Path()
+
+    def whole(self, net: nn.Module, folder: Path, config: Any, architecture: str) -> None:
+        """What tasks share of a network, in the folder itself.
+
+        Args:
+            net: The network.
+            folder: Where.
+            config: Its configuration.
+            architecture: The class that loads it.
+        """
+        own, seen = set(self._layout.own), set()
+        state: dict[str, Tensor] = {}
+        for name, tensor in net.state_dict().items():
+            if name in own or identity(tensor) in seen:
+                continue
+            seen.add(identity(tensor))
+            state[self._layout.stored.get(name, name)] = tensor.detach().cpu().contiguous()
+        split = split_torch_state_dict_into_shards(state, max_shard_size=SHARD)
+        self._root, self._shards = folder, split.filename_to_tensors
+        for file, names in self._shards.items():
+            save_file({name: state[name] for name in names}, folder / file, metadata={"format": "pt"})
+        if split.is_sharded:
+            _write_index(folder, {name: file for file, names in self._shards.items() for name in names})
+        dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
+        self._dtype = dtype
+        self._describe(folder, config, architecture)
+
+    def task(self, folder: Path, task: str, config: Any, architecture: str, head: Mapping[str, Tensor]) -> None:
+        """A whole model for one task in `tasks/TASK`: links to the shared files, and a file with the task's head."""
+        home = folder / "tasks" / task
+        home.mkdir(parents=True)
+        number = len(self._shards) + 1
+        index: dict[str, str] = {}
+        for place, (file, names) in enumerate(self._shards.items(), start=1):
+            shard = f"model-{place:05d}-of-{number:05d}.safetensors"
+            _link(self._root / file, home / shard)
+            index |= dict.fromkeys(names, shard)
+        last = f"model-{number:05d}-of-{number:05d}.safetensors"
+        own = {self._layout.stored.get(name, name): tensor for name, tensor in head.items()}
+        dtype = next(iter(head.values())).dtype
+        save_file({n: t.cpu().to(dtype).contiguous() for n, t in own.items()}, home / last, metadata={"format": "pt"})
+        _write_index(home, {**index, **dict.fromkeys(own, last)})
+        self._describe(home, config, architecture)
+
+    def _describe(self, folder: Path, config: Any, architecture: str) -> None:
+        config.architectures = [architecture]
+        config.save_pretrained(folder)
+        told = json.loads((folder / "config.json").read_text())
+        key = "dtype" if "dtype" in told else "torch_dtype"
+        (folder / "config.json").write_text(json.dumps({**told, key: self._dtype}, indent=2, sort_keys=True))
+        for file in {file for pattern in _BESIDE for file in self._source.glob(pattern) if file.is_file()}:
+            shutil.copyfile(file, folder / file.name)
+
+
+def _write_index(folder: Path, weight_map: Mapping[str, str]) -> None:
+    size = sum((folder / file).stat().st_size for file in set(weight_map.values()))
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+def _link(file: Path, target: Path) -> None:
+    """The same file under a second name, or a copy where the disk has no links."""
+    try:
+        os.link(file, target)
+    except OSError:
+        shutil.copyfile(file, target)
