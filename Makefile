@@ -41,6 +41,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/products.py
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/sizes.py
+	$(BIN)/python benchmarks/preflight.py
 	$(BIN)/python benchmarks/digits.py
 	$(BIN)/python benchmarks/surgery.py
 	$(BIN)/python benchmarks/zoo.py

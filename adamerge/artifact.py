@@ -1,5 +1,6 @@
 """A learned merge on disk: `merge.safetensors` holds the learnables, `merge.yaml` how to make it again."""
 
+import re
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from importlib.metadata import PackageNotFoundError, version
@@ -32,7 +33,7 @@ _FREE = {
     "seed",
     "saved_as",
 }  # of a rule's options
-WEIGHTS, RECORD = "merge.safetensors", "merge.yaml"
+WEIGHTS, RECORD, EXPORTED = "merge.safetensors", "merge.yaml", "export.json"
 _NEEDED = {
     **dict.fromkeys(
         ("labels", "sources", "backbone", "rule", "space", "vectors", "left_out", "classes", "widths"), dict
@@ -55,10 +56,13 @@ def save(folder: Path, model: MergedModel, record: Mapping[str, Any]) -> None:
     with atomic_dir(folder) as new:
         save_file({name: tensor.contiguous() for name, tensor in saved_state_of(model).items()}, new / WEIGHTS)
         head = {"format": FORMAT, "weights": digest(new / WEIGHTS), "labels": labels_of(model)}
-        text = yaml.safe_dump(
-            {**head, **record, "versions": versions()}, sort_keys=False, allow_unicode=True, width=120
-        )
-        (new / RECORD).write_text(text)
+        write_record({**head, **record, "versions": versions()}, new)
+
+
+def write_record(record: Mapping[str, Any], folder: Path) -> None:
+    """Put a record into a folder."""
+    text = yaml.safe_dump(dict(record), sort_keys=False, allow_unicode=True, width=120)
+    (folder / RECORD).write_text(text, encoding="utf-8")
 
 
 def round_as_saved(model: MergedModel) -> None:
@@ -87,6 +91,7 @@ def open_merge(path: str | Path, *, trust: bool = False) -> MergedModel:
     folder, record = read_record(path)
     if not trust:
         raise_all(_foreign(record), "the merge's record")
+    raise_all(_elsewhere(record), "the merge's sources")
     recipe = _recipe(record, trust)
     opened = recipe.open(record["classes"], record["left_out"], record["widths"])
     raise_all(_changed(record, opened.base, opened.experts), "the merge's sources")
@@ -152,11 +157,13 @@ def read_record(path: str | Path) -> tuple[Path, dict[str, Any]]:
         InputError: No merge there, of another format, or damaged.
     """
     folder = Path(path).expanduser()
-    if not folder.exists() and hub_id(str(path)):
+    if not folder.exists() and "/" in str(path) and hub_id(str(path)):
         folder = fetch(str(path))
     folder = folder / "merge" if (folder / "merge" / RECORD).exists() else folder
+    if (folder / RECORD).exists() and (folder / EXPORTED).exists() and not (folder / WEIGHTS).exists():
+        raise InputError(f"'{path}' is an export, which the model's own library loads; its README.md says how.")
     try:
-        record = yaml.safe_load((folder / RECORD).read_text())
+        record = yaml.safe_load((folder / RECORD).read_text(encoding="utf-8"))
         weights = digest(folder / WEIGHTS)
     except (OSError, yaml.YAMLError) as error:
         raise InputError(f"'{path}' holds no saved merge: it needs {RECORD} and {WEIGHTS} ({error}).") from error
@@ -177,7 +184,7 @@ def read_record(path: str | Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _recipe(record: Mapping[str, Any], trust: bool) -> Recipe:
-    sources = {who: _pinned(entry) for who, entry in record["sources"].items()}
+    sources = {who: pinned(entry) for who, entry in record["sources"].items()}
     backbone = deepcopy(record["backbone"])
     options = backbone.get("init_args") or {}
     if options.get("model") == record["sources"]["base"]["source"]:
@@ -194,11 +201,57 @@ def _recipe(record: Mapping[str, Any], trust: bool) -> Recipe:
     )
 
 
-def _pinned(entry: Mapping[str, Any]) -> str:
-    """A source as it was: of the hub, the commit that was merged, whatever its branch has become."""
+def pinned(entry: Mapping[str, Any]) -> str:
+    """A record's source as it was: of the hub, the commit that was merged, whatever its branch has become."""
     source, revision = str(entry["source"]), entry.get("revision")
-    found = hub_id(source)
-    return source if not revision or found is None or source.startswith("hf-hub:") else f"{found.repo}@{revision}"
+    return f"{source.partition('@')[0]}@{revision}" if revision else source
+
+
+def portable(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record for others to read: paths of this machine are named by their last part, after `local-dir:`.
+
+    Who has these files opens the merge where they lie in the working directory.
+    """
+    names: dict[str, str] = {}
+    for who, entry in record["sources"].items():
+        if is_local(entry["source"]):
+            path = str(entry["source"]).removeprefix("local-dir:")
+            last = _last(path)
+            names.setdefault(path, last if last not in names.values() else f"{who}/{last}")
+
+    def shared(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: each if key in ("classes", "labels") else shared(each) for key, each in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [shared(each) for each in value]
+        if not isinstance(value, str) or not is_local(value):
+            return value
+        path = value.removeprefix("local-dir:")
+        return f"local-dir:{names.get(path) or _last(path)}"
+
+    return {key: shared(value) if key not in ("classes", "labels") else value for key, value in record.items()}
+
+
+def is_local(source: str) -> bool:
+    """Whether a text of a record is a path of the machine that wrote it: there, they are absolute."""
+    path = source.removeprefix("local-dir:")
+    absolute = path.startswith(("/", "~")) or re.match(r"[A-Za-z]:[\\/]", path)
+    return bool(absolute) and not re.search(r"[{}\n]", path) and bool(_last(path))
+
+
+def _last(path: str) -> str:
+    return re.split(r"[\\/]", path.rstrip("\\/"))[-1]
+
+
+def _elsewhere(record: Mapping[str, Any]) -> Iterator[str]:
+    """The sources that stood on the machine of whoever pushed or exported the merge, and are not here."""
+    for who, entry in record["sources"].items():
+        name = str(entry["source"]).removeprefix("local-dir:")
+        if name != entry["source"] and not is_local(name) and not Path(name).exists():
+            yield (
+                f"The {who} of this merge, '{name}', stands on the machine that it was made on: put it into the "
+                f"working directory ({Path.cwd()}) under this name, or use an export of the merge."
+            )
 
 
 def _foreign(record: Mapping[str, Any]) -> Iterator[str]:
@@ -215,7 +268,7 @@ def _foreign(record: Mapping[str, Any]) -> Iterator[str]:
 def _changed(record: Mapping[str, Any], base: Any, experts: Mapping[str, Any]) -> Iterator[str]:
     states = {"base": base, **{f"expert {task}": state for task, state in experts.items()}}
     for who, entry in record["sources"].items():
-        now = (states[who] if who in states else open_state(entry["source"])).sha256()
+        now = (states[who] if who in states else open_state(pinned(entry))).sha256()
         if now != entry["sha256"]:
             yield (
                 f"The {who} ({entry['source']}) has changed since the merge was learned: its sha256 is {now[:12]}…, "

@@ -1,7 +1,6 @@
 """What can be wrong with a base and its experts: names, shapes and dtypes from the headers, values as they are read."""
 
 import logging
-import math
 import re
 from collections.abc import Iterator, Mapping
 from itertools import combinations
@@ -13,19 +12,25 @@ from torch import Tensor
 from adamerge.checkpoints import State
 from adamerge.deltas import Deltas
 from adamerge.space import ParamSpace
-from adamerge.types import raise_all, some
+from adamerge.types import InputError, raise_all, some
 
 log = logging.getLogger("adamerge")
 
 _SAMPLE, _ENOUGH = 4096, 2000  # weights of one tensor whose signs are compared; of all, to tell chance from descent
 
 
-def header_problems(space: ParamSpace, base: State, experts: Mapping[str, State]) -> Iterator[str]:
-    """One sentence for each checkpoint that does not fit the network; reads no tensor but tied ones."""
+def header_problems(
+    space: ParamSpace, base: State, experts: Mapping[str, State], *, values: bool = True
+) -> Iterator[str]:
+    """One sentence for each checkpoint that does not fit the network; reads tied tensors, if any `values`."""
     if not experts:
         yield "There are no experts: name at least one under `model.experts`."
     for who, state in [("The base", base), *((f"Expert '{task}'", state) for task, state in experts.items())]:
-        faults = list(_faults(space, state))
+        try:
+            faults = list(_faults(space, state, values))
+        except InputError as error:  # a type that is not read
+            yield str(error)
+            continue
         if faults:
             yield (
                 f"{who} ({state.source}) does not match the network: {'; '.join(faults)}. "
@@ -34,7 +39,7 @@ def header_problems(space: ParamSpace, base: State, experts: Mapping[str, State]
             )
 
 
-def _faults(space: ParamSpace, state: State) -> Iterator[str]:
+def _faults(space: ParamSpace, state: State, values: bool) -> Iterator[str]:
     names, expected = space.checkpoint_names(), {**space.shapes, **space.buffers}
     missing = [name for name, keys in names.items() if not any(key in state for key in keys)]
     if missing:
@@ -52,7 +57,7 @@ def _faults(space: ParamSpace, state: State) -> Iterator[str]:
                 shapes.append(f"{key} is {list(shape)}, the network's {list(expected[name])}")
             if name in space.shapes and not (dtype.is_floating_point and dtype.itemsize > 1):
                 dtypes.append(f"{key} is {str(dtype).removeprefix('torch.')}")
-        if len(held) > 1 and state.has_values and not all(torch.equal(state[held[0]], state[key]) for key in held[1:]):
+        if values and len(held) > 1 and not all(torch.equal(state[held[0]], state[key]) for key in held[1:]):
             ties.append(" and ".join(held))
     if shapes:
         yield f"other shapes: {some(shapes)}"
@@ -74,6 +79,7 @@ class ValueAudit:
     def __init__(self, tasks: tuple[str, ...], ancestry: Literal["error", "warn"] = "error") -> None:
         self._tasks, self._ancestry = tasks, ancestry
         self._signs = torch.zeros(len(tasks), dtype=torch.float64)  # how many of the sampled weights kept theirs
+        self._lengths = torch.zeros(len(tasks) + 1, dtype=torch.float64)  # squared; the base's is last
         self._sampled = 0
         self._not_finite: dict[str, list[str]] = {}
         self._changed = dict.fromkeys(tasks, False)
@@ -96,26 +102,28 @@ class ValueAudit:
             self._squares[task] += norm**2
             if norm - norm != 0 and not bool(torch.isfinite(vector).all()):
                 self._not_finite.setdefault(f"Expert '{task}'", []).append(name)
-        self._compare_signs(base, vectors)
+        self._sample(base, vectors)
         self._equal = {(i, j) for i, j in self._equal if norms[i] == norms[j] and torch.equal(vectors[i], vectors[j])}
 
-    def _compare_signs(self, base: Tensor, vectors: Tensor) -> None:
+    def _sample(self, base: Tensor, vectors: Tensor) -> None:
+        """Count signs and lengths of some weights."""
         if base.dim() < 2:  # scales of norms are positive everywhere
             return
         step = max(1, base.numel() // _SAMPLE)
         sample_N = base.flatten()[::step].float()
-        kept_T = ((sample_N + vectors.flatten(1)[:, ::step].float()).sign() == sample_N.sign()).sum(1)
-        self._signs += kept_T.double().cpu()
+        moved_TN = vectors.flatten(1)[:, ::step].float()
+        self._signs += ((sample_N + moved_TN).sign() == sample_N.sign()).sum(1).double().cpu()
+        self._lengths += torch.cat([moved_TN, sample_N[None]]).double().square().sum(1).cpu()
         self._sampled += len(sample_N)
 
     def _strangers(self) -> Iterator[str]:
-        for task, kept in zip(self._tasks, (self._signs / max(1, self._sampled)).tolist(), strict=True):
-            ratio = math.sqrt(self._squares[task] / max(self._squares[""], 1e-300))
+        shares, ratios = self._signs / max(1, self._sampled), (self._lengths[:-1] / self._lengths[-1]).sqrt()
+        for task, kept, ratio in zip(self._tasks, shares.tolist(), ratios.tolist(), strict=True):
             if self._sampled >= _ENOUGH and ratio > 1 and kept < 0.6:
                 yield (
                     f"Expert '{task}' does not descend from this base: its task vector is {ratio:.1f} times as long as "
-                    f"the base, and {100 * kept:.0f} % of its weights have the base's sign, as by chance. Name the base "
-                    "that it was fine-tuned from, or set `model.vectors.ancestry` to `warn`."
+                    f"the base, and {100 * kept:.0f} % of its weights have the base's sign, as by chance. Name the "
+                    "base that it was fine-tuned from, or set `model.vectors.ancestry` to `warn`."
                 )
 
     def finish(self) -> None:

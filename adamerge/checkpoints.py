@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adamerge.files import sha256
 from adamerge.hub import fetch, hub_id, remote_headers
-from adamerge.types import InputError
+from adamerge.types import InputError, some
 
 DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
@@ -24,7 +24,8 @@ DTYPES = {
         "U8": torch.uint8,
         "BOOL": torch.bool,
     },
-    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu},
+    **{"U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64},
 }
 _ELSEWHERE = ("demo:", "hf-hub:", "open_clip:")  # sources that are no paths
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
@@ -41,8 +42,17 @@ class State(Mapping[str, Tensor]):
 
     has_values = True
 
-    def __init__(self, source: str, files: tuple[Path, ...]) -> None:
-        self.source, self.files = source, files
+    def __init__(self, source: str, files: tuple[Path, ...], names: Iterable[str]) -> None:
+        self.source, self.files, self._all = source, files, dict.fromkeys(names)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all)
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._all  # a mapping's own would read the tensor
 
     def meta(self, name: str) -> tuple[torch.Size, torch.dtype]:
         """Shape and dtype of a tensor, without reading it where the format allows."""
@@ -52,8 +62,9 @@ class State(Mapping[str, Tensor]):
     @property
     def revision(self) -> str | None:
         """The commit of the hub's repository that the files are of; None for others."""
-        parts = self.files[0].absolute().parts if self.files else ()
-        return parts[parts.index("snapshots") + 1] if "snapshots" in parts and hub_id(self.source) else None
+        parts = self.files[0].absolute().parts if self.files and hub_id(self.source) else ()
+        places = [place for place, part in enumerate(parts[:-1]) if part == "snapshots"]
+        return parts[places[-1] + 1] if places else None
 
     def sha256(self) -> str:
         """One digest over the files' digests, in the order of their names."""
@@ -63,24 +74,17 @@ class State(Mapping[str, Tensor]):
 
 class _Memory(State):
     def __init__(self, source: str, tensors: Mapping[str, Tensor], files: tuple[Path, ...] = ()) -> None:
-        super().__init__(source, files)
+        super().__init__(source, files, tensors)
         self._tensors = tensors
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
 
 
 class _Safetensors(State):
     """One or several safetensors files, memory-mapped by the library."""
 
     def __init__(self, source: str, files: tuple[Path, ...]) -> None:
-        super().__init__(source, files)
         self._home: dict[str, Any] = {}
         for file in files:
             try:
@@ -94,6 +98,7 @@ class _Safetensors(State):
                 if name in self._home:
                     raise InputError(f"{source}: tensor '{name}' stands in two files, one of them {file.name}.")
                 self._home[name] = handle
+        super().__init__(source, files, self._home)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._home[name].get_tensor(name)
@@ -102,12 +107,6 @@ class _Safetensors(State):
         view = self._home[name].get_slice(name)
         return torch.Size(view.get_shape()), _dtype(self.source, name, view.get_dtype())
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._home)
-
-    def __len__(self) -> int:
-        return len(self._home)
-
 
 class Headers(State):
     """What a checkpoint on the hub holds, by its files' headers alone."""
@@ -115,8 +114,8 @@ class Headers(State):
     has_values = False
 
     def __init__(self, source: str) -> None:
-        super().__init__(source, ())
         self._found = remote_headers(source)
+        super().__init__(source, (), self._found)
 
     def __getitem__(self, name: str) -> Tensor:
         raise RuntimeError(f"{self.source} was opened for its headers; '{name}' has not been fetched.")
@@ -124,12 +123,6 @@ class Headers(State):
     def meta(self, name: str) -> tuple[torch.Size, torch.dtype]:
         shape, kind = self._found[name]
         return torch.Size(shape), _dtype(self.source, name, kind)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._found)
-
-    def __len__(self) -> int:
-        return len(self._found)
 
 
 def _dtype(source: str, name: str, kind: str) -> torch.dtype:
@@ -149,7 +142,7 @@ class Selected(State):
     """
 
     def __init__(self, state: State, names: Mapping[str, str], source: str, files: tuple[Path, ...]) -> None:
-        super().__init__(source, files)
+        super().__init__(source, files, names)
         self._state, self._names = state, dict(names)
         self.has_values = state.has_values
 
@@ -159,37 +152,34 @@ class Selected(State):
     def meta(self, name: str) -> tuple[torch.Size, torch.dtype]:
         return self._state.meta(self._names[name])
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
 
 class Overlaid(State):
-    """A checkpoint some of whose tensors are another one's.
+    """A checkpoint some of whose tensors are another one's, with rows of its own.
 
     Args:
         state: The checkpoint.
-        others: By name, the checkpoint that the tensor is taken from instead.
+        other: The other one.
+        rows: By name: the tensor's name in the other one, and for each of its rows the one of the checkpoint that
+            stands in its place, or -1.
     """
 
-    def __init__(self, state: State, others: Mapping[str, State]) -> None:
-        super().__init__(state.source, state.files)
-        self._state, self._others = state, dict(others)
-        self._names = dict.fromkeys((*state, *others))
+    def __init__(self, state: State, other: State, rows: Mapping[str, tuple[str, Tensor]]) -> None:
+        super().__init__(state.source, state.files, state)
+        self._state, self._other, self._rows = state, other, dict(rows)
+        self.has_values = state.has_values
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._others.get(name, self._state)[name]
+        own = self._state[name]
+        if name not in self._rows:
+            return own
+        key, rows = self._rows[name]
+        made = self._other[key].to(own.dtype, copy=True)
+        made[rows >= 0] = own[rows[rows >= 0]]
+        return made
 
     def meta(self, name: str) -> tuple[torch.Size, torch.dtype]:
-        return self._others.get(name, self._state).meta(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+        shape, dtype = self._state.meta(name)
+        return (self._other.meta(self._rows[name][0])[0] if name in self._rows else shape), dtype
 
 
 def open_state(source: str | Path | Mapping[str, Tensor]) -> State:
@@ -263,10 +253,15 @@ def _files_of(folder: Path) -> tuple[Path, ...]:
         usual = folder / "model.safetensors"  # the name that transformers gives
         if usual in files:
             return (usual,)
+        pickles = [file.name for file in sorted(folder.iterdir()) if file.suffix in PICKLES and file.is_file()]
+        if not files and pickles:
+            raise InputError(
+                f"{folder} holds no safetensors files, but pickles: {some(pickles)}. Convert them once, with "
+                f"`adamerge convert {folder} {folder}-safetensors`, and name the new folder."
+            )
         if len(files) != 1:
             raise InputError(
-                f"{folder} holds {len(files)} safetensors files and no index of shards; "
-                "name the file itself, or convert a pickled checkpoint first."
+                f"{folder} holds {len(files)} safetensors files and no index of shards; name the one that you mean."
             )
         return (files[0],)
     if len(indices) > 1:
@@ -299,10 +294,14 @@ def _read_pickle(path: Path) -> Mapping[str, Tensor]:
     except Exception as error:  # a damaged pickle can fail in any way
         raise InputError(
             f"{path} is not a plain state dict: it is damaged, or its pickle holds other objects than tensors, "
-            "which could run code and is never read. Save `model.state_dict()` with safetensors instead."
+            "which could run code and is never read. Take the tensors out of it: "
+            f"`adamerge convert {path} NEW.safetensors`."
         ) from error
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
     if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise InputError(f"{path} holds other things than named tensors; save `model.state_dict()` alone.")
+        raise InputError(
+            f"{path} holds other things than named tensors; take these out of it: "
+            f"`adamerge convert {path} NEW.safetensors`."
+        )
     return state

@@ -3,7 +3,7 @@
 import copy
 import json
 import logging
-import shutil
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from adamerge.artifact import RECORD, open_merge, read_record, versions
+from adamerge.artifact import EXPORTED, RECORD, open_merge, pinned, portable, read_record, versions, write_record
 from adamerge.backbones import Backbone
 from adamerge.backbones.base import to_device
 from adamerge.files import atomic_dir
@@ -29,14 +29,14 @@ from adamerge.types import InputError
 log = logging.getLogger("adamerge")
 
 LIMITS = {"float32": 1e-5, "bfloat16": 0.5, "float16": 0.5}  # beyond, the folder does not hold this merge
-TASKS, MODULES, REPORT = "tasks.json", "task_modules.safetensors", "export.json"
+TASKS, MODULES = "tasks.json", "task_modules.safetensors"
 _SAMPLES, _CLASSES = 4, 4  # of the check; one class's logit depends on no other class
 
 
 _FILES = (
     f"Beside the model: `{TASKS}`, class names of each task and what else its head is made from; `{RECORD}`, how the "
-    f"merge was learned; `{REPORT}`, how far its logits are from the live merge's; `{MODULES}`, if there is one, what "
-    "does not fold into one dense model."
+    f"merge was learned; `{EXPORTED}`, how far its logits are from the live merge's; `{MODULES}`, if there is one, "
+    "what does not fold into one dense model."
 )
 
 
@@ -94,13 +94,13 @@ def export(
         )
     with progress_console().status("Opening the merge …") as status:
         model = open_merge(folder, trust=trust).to(where)
-        base = model.backbone.open(record["sources"]["base"]["source"])
+        base = model.backbone.open(pinned(record["sources"]["base"]))
         status.update("Writing and checking the export …")
         with atomic_dir(target) as new:
             net = model.materialize(dtype=getattr(torch, dtype)).cpu()
             last = {task: model.chain(task)[-1] for task in model.tasks}
             model.backbone.export(net, base, new, last)
-            shutil.copyfile(folder / RECORD, new / RECORD)
+            write_record(portable(record), new)
             few = {task: list(names[:_CLASSES]) for task, names in record["classes"].items()}
             heads = model.backbone.exported_heads(new, few)
             difference = _checked(model, new, heads, where, LIMITS[dtype])
@@ -113,9 +113,9 @@ def export(
                 "run": folder.resolve().parent.name,
                 "versions": versions(),
             }
-            (new / REPORT).write_text(json.dumps(told, indent=2))
+            (new / EXPORTED).write_text(json.dumps(told, indent=2))
             loading, library = model.backbone.loading(model.tasks[0]), model.backbone.library
-            card = card_of(record, target.name, files=_FILES, load=loading.format(folder=out), library=library)
+            card = card_of(record, target.name, files=_FILES, load=loading.format(folder=target.name), library=library)
             (new / CARD).write_text(card)
             _refuse_existing(target)
     return Exported(target, dtype, difference)
@@ -165,14 +165,17 @@ def _checked(
         if not any(part.changes_head for part in live.chain(task))
     }
     own = MultiTaskModel(backbone, theirs.bare_net(), own_chains).to(device).eval()
-    plain = [t for t in live.tasks if len(live.chain(t)) == 1 and not live.chain(t)[-1].changes_head]
-    alone = backbone.answers(folder, plain)
+    heads_only = MultiTaskModel(backbone, live.bare_net(), {t: [live.chain(t)[-1]] for t in live.tasks})
     worst = 0.0
     for task in live.tasks:
         expected = live(batch, task=task)
-        found = [theirs(batch, task=task), *([own(batch, task=task)] if task in own.tasks else [])]
-        found += [alone[task](batch).to(device)] if task in alone else []
-        differences = [_difference(logits, expected[:, : logits.shape[1]]) for logits in found]
+        pairs = [(theirs(batch, task=task), expected)]
+        if task in own.tasks:
+            found = own(batch, task=task)
+            pairs.append((found, expected[:, : found.shape[1]]))
+        for alone in backbone.answers(folder, [task]).values():  # without what stands beside the folder's own model
+            pairs.append((alone(batch).to(device), heads_only(batch, task=task)))
+        differences = [_difference(*pair) for pair in pairs]
         if not all(difference <= limit for difference in differences):  # NaN is not
             raise InputError(
                 f"The export fails its check and was removed: on task '{task}' its logits differ from the live "
@@ -184,6 +187,8 @@ def _checked(
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:
+    if found.shape != expected.shape:
+        return math.inf
     scale = expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny)
     return float((found - expected).abs().max() / scale)
 

@@ -93,6 +93,24 @@ def _answers(endpoint: str) -> bool:
     return reachable(urlsplit(endpoint))
 
 
+_Commits = dict[tuple[str, str], str]  # repository and revision -> commit
+_settled: _Commits | None = None
+
+
+@contextmanager
+def one_commit() -> Iterator[_Commits]:
+    """In the block, a branch or tag is looked up once: one that moves meanwhile does not mix commits.
+
+    Yields what was found, which may be given to other processes, and taken from them.
+    """
+    global _settled
+    before, _settled = _settled, {} if _settled is None else _settled
+    try:
+        yield _settled
+    finally:
+        _settled = before
+
+
 @dataclass(frozen=True)
 class HubId:
     """A model on the hub; `revision` is a branch, tag or commit, None for the main branch."""
@@ -180,6 +198,22 @@ def card_data(source: str) -> Mapping[str, Any]:
     return data if isinstance(data, Mapping) else {}
 
 
+def full_name(repo: str) -> str:
+    """A repository's name with its owner: one's own where none is given.
+
+    Raises:
+        InputError: As `push`.
+    """
+    if "/" in repo:
+        return repo
+    from huggingface_hub import HfApi, get_token
+
+    if get_token() is None:
+        raise InputError(f"Pushing to '{repo}' needs a token: {_LOGIN}.")
+    with hub_or_cache(), _explained(repo, writing=True):
+        return f"{HfApi().whoami()['name']}/{repo}"
+
+
 def push(
     folder: Path,
     repo: str,
@@ -189,7 +223,7 @@ def push(
     message: str,
     token: str | None = None,
 ) -> str:
-    """Upload a folder to the hub in one commit; safetensors of an earlier push that are not in it are removed.
+    """Upload a folder to the hub in one commit; safetensors and tasks of an earlier push that it lacks are removed.
 
     Args:
         folder: What is uploaded.
@@ -219,7 +253,7 @@ def push(
         if revision is not None:
             api.create_branch(name, branch=revision, exist_ok=True)
         there = api.list_repo_files(name, revision=revision)
-        stale = [glob.escape(file) for file in there if _is_weights(file) and not (folder / file).exists()]
+        stale = [glob.escape(file) for file in there if _is_ours(file) and not (folder / file).exists()]
         commit = api.upload_folder(
             repo_id=name, folder_path=folder, revision=revision, commit_message=message, delete_patterns=stale or None
         )
@@ -254,7 +288,8 @@ def _find(source: str) -> _Found:
     from huggingface_hub.file_download import repo_folder_name
 
     hub = _parsed(source)
-    revision = hub.revision or constants.DEFAULT_REVISION
+    known, asked = _settled if _settled is not None else {}, (hub.repo, hub.revision or constants.DEFAULT_REVISION)
+    revision = known.get(asked, asked[1])
     with _explained(source):
         name = repo_folder_name(repo_id=hub.repo, repo_type="model")  # where a bad name is noticed
     home = Path(constants.HF_HUB_CACHE).expanduser().resolve() / name
@@ -266,10 +301,10 @@ def _find(source: str) -> _Found:
         is_commit = _COMMIT.fullmatch(revision) is not None
         if not is_commit and not ref.is_file():
             raise
-        commit = revision if is_commit else ref.read_text().strip()
+        commit = known[asked] = revision if is_commit else ref.read_text().strip()
         folder = home / "snapshots" / commit
         return _Found(source, hub.repo, commit, folder, _cached_names(hub.repo, commit, folder), error)
-    commit = str(info.sha)
+    commit = known[asked] = str(info.sha)
     if commit != revision:
         with suppress(OSError):  # a shared cache may be read-only
             _replace(ref, commit)  # for when there is no network
@@ -319,8 +354,9 @@ def _is_small(name: str) -> bool:
     return name.startswith(_TERMS) or (name.endswith(_SMALL) and not name.endswith(".index.json"))
 
 
-def _is_weights(name: str) -> bool:
-    return "/" not in name and name.endswith((".safetensors", _SHARDS))
+def _is_ours(name: str) -> bool:
+    """Whether an earlier push has written a file that would mislead if it stayed."""
+    return name.startswith("tasks/") or ("/" not in name and name.endswith((".safetensors", _SHARDS)))
 
 
 def _weights(found: _Found) -> list[str]:

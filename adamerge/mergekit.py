@@ -9,7 +9,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from adamerge.artifact import open_merge, read_record
+from adamerge.artifact import open_merge, pinned, read_record
 from adamerge.checkpoints import Overlaid, Selected, State, locate
 from adamerge.files import atomic_file
 from adamerge.hub import hub_id
@@ -83,7 +83,7 @@ def mergekit_config(path: str | Path, *, dtype: str = "float32", trust: bool = F
     model = open_merge(folder, trust=trust)
     if type(model.rule) not in (LayerWise, TaskWise):
         raise InputError(_not_expressible(str(folder), [f"the rule {type(model.rule).__name__}"]))
-    states = {who: model.backbone.open(record["sources"][who]["source"]) for who in _members(model)}
+    states = {who: model.backbone.open(pinned(record["sources"][who])) for who in _members(model)}
     wanted = _weights_by_name(model, states)
     rows = filters(wanted)
     _check_weights(model, states, rows, str(folder))

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from adamerge.backbones.base import batch_size, num_answers, to_device
 from adamerge.blocks import recorded_blocks
 from adamerge.checkpoints import State, absolute, open_state
+from adamerge.hub import commit_of, hub_id
 from adamerge.merged import MergedModel
 from adamerge.recorded import spec
 from adamerge.space import ParamSpace
 from adamerge.task_modules import LinearHead, TaskModule, ZeroShotHead
 from adamerge.task_vectors import TaskVectors
 from adamerge.types import Batch, InputError, TaskInfo
+from adamerge.vocabulary import without
 
 if TYPE_CHECKING:
     from adamerge.recipe import Recipe
@@ -34,6 +36,7 @@ class Opened:
     experts: Mapping[str, State]
     heads: Mapping[str, TaskModule]
     classes: Mapping[str, Sequence[str]]
+    excluded: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # see `vocabulary.Fitted`
     width: int = field(default=0, init=False)  # D of the features; 0 until it is known
     blocks: dict[str, int] = field(default_factory=dict, init=False)  # the network's blocks, with the D of each
     seconds: float = field(default=0.0, init=False)  # one task batch, forward and backward
@@ -103,11 +106,20 @@ class Opened:
         """Read the untransformed task vectors and check their values."""
         options = self.recipe.vectors
         return TaskVectors.load(
-            *(self.space, self.base, self.experts),
+            *(self.space, self.base, self._merged_experts),
             dtype=self._dtype,
             placement=options.placement,
             ancestry=options.ancestry,
         )
+
+    def vectors(self) -> TaskVectors:
+        """The untransformed task vectors, read whenever asked for."""
+        return TaskVectors.open(self.space, self.base, self._merged_experts)
+
+    @property
+    def _merged_experts(self) -> dict[str, State]:
+        """The experts with the base's values where they are left out of the merge."""
+        return {task: without(state, self.base, self.excluded.get(task, {})) for task, state in self.experts.items()}
 
     @property
     def _dtype(self) -> torch.dtype | None:
@@ -147,7 +159,7 @@ class Opened:
             **{who: (source, open_state(source)) for who, source in recipe.backbone.sources().items()},
         }
         return {
-            "backbone": spec(recipe.backbone),
+            "backbone": _lasting_model(spec(recipe.backbone), absolute(recipe.base)),
             "rule": spec(model.rule),
             "transforms": spec(recipe.transforms),
             "task_modules": modules,
@@ -166,6 +178,15 @@ class Opened:
                 for who, (source, state) in sources.items()
             },
         }
+
+
+def _lasting_model(backbone: dict[str, Any], base: str) -> dict[str, Any]:
+    """A backbone's text form whose `model`, where it is another one of the hub than the base, has its commit."""
+    options = backbone["init_args"]
+    model = options.get("model")
+    if not isinstance(model, str) or model == base or hub_id(model) is None:
+        return backbone
+    return {**backbone, "init_args": {**options, "model": f"{model.partition('@')[0]}@{commit_of(model)}"}}
 
 
 def _lasting(net: nn.Module) -> list[str]:

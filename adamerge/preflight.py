@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,13 +11,15 @@ from rich.table import Table
 
 from adamerge.audit import ValueAudit
 from adamerge.checkpoints import State
+from adamerge.data import UnlabeledTasks
+from adamerge.data.base import MissingSplit
 from adamerge.files import cache_dir
 from adamerge.job import Job
 from adamerge.recipe import Survey
 from adamerge.report import duration, gigabytes, rendered
-from adamerge.task_vectors import Placement, TaskVectors
+from adamerge.task_vectors import Placement
 from adamerge.terminal import progress_console
-from adamerge.types import InputError, raise_all, some
+from adamerge.types import InputError, raise_all
 
 _PLACEMENTS: tuple[Placement, ...] = ("device", "cpu", "mmap")
 
@@ -72,7 +74,7 @@ def check(job: Job, *, deep: bool = False) -> Preflight:
     )
     raise_all(_lack_of_room(job, found, survey), "the disk")
     if deep:
-        _read_all(job)
+        _read_all(job, survey)
         found.notes.append("All values read: finite, no two experts alike, all of them descend from the base.")
     return found
 
@@ -83,20 +85,28 @@ def survey_of(job: Job) -> Survey:
     Raises:
         InputError: Everything that is wrong with them, at once.
     """
-    problems: list[str] = []
-    classes = {}
-    for task, data in job.data.tasks.items():
-        try:
-            classes[task] = data.classes
-        except InputError as error:
-            problems.append(f"Task '{task}': {error}")
-            classes[task] = ()
+    classes, of_data = _peek(job.data)
     survey = job.recipe.survey(classes)
-    problems = [*survey.problems, *problems]
+    problems = [*survey.problems, *of_data]
     for task, state in survey.experts.items():
         problems += job.recipe.backbone.head_problems(task, state, survey.classes.get(task, ()))
     raise_all(problems, "the sources")
     return survey
+
+
+def _peek(data: UnlabeledTasks) -> tuple[dict[str, Sequence[str]], list[str]]:
+    """The class names of each task, none where they cannot be had; and what is wrong with the data."""
+    classes: dict[str, Sequence[str]] = dict.fromkeys(data.tasks, ())
+    problems: dict[str, None] = {}
+    absent: dict[str, None] = {}  # a task without the split to score on is not scored
+    for split in dict.fromkeys((data.split, data.eval_split)):
+        for task, each in data.tasks.items() if split is not None else ():
+            try:
+                classes[task] = each.peek(str(split))
+            except InputError as error:
+                optional = split != data.split and isinstance(error, MissingSplit)
+                (absent if optional else problems)[f"Task '{task}': {error}"] = None
+    return classes, [*problems, *(absent if len(absent) == len(data.tasks) else ())]
 
 
 def _row(who: str, state: State) -> tuple[str, str, int, str, int]:
@@ -127,7 +137,7 @@ def _dtypes(survey: Survey) -> set[torch.dtype]:
 
 def _seconds(job: Job, survey: Survey) -> dict[str, float]:
     """One optimiser step: the merge by the bandwidth, forward and backward by the speed, measured here for a moment."""
-    speed, bandwidth = _measured()
+    speed, bandwidth = _measured(on_cpu=job.trainer.get("accelerator") == "cpu")
     tasks, elements = len(job.data.tasks), survey.space.num_elements
     tokens = job.recipe.backbone.tokens_per_sample or 0
     network = 6 * elements * tokens * job.data.batch_size * tasks / speed
@@ -136,11 +146,11 @@ def _seconds(job: Job, survey: Survey) -> dict[str, float]:
     return dict.fromkeys(_PLACEMENTS, network + merge)
 
 
-def _measured() -> tuple[float, float]:
+def _measured(*, on_cpu: bool) -> tuple[float, float]:
     """Of the device that would train: multiplications and additions per second in fp32, bytes copied per second."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    one = torch.ones(1024, 1024, device=device)
-    block = torch.ones(16_000_000, device=device)
+    device = torch.device("cuda" if torch.cuda.is_available() and not on_cpu else "cpu")
+    one = torch.ones(512, 512, device=device)
+    block, other = torch.ones(2, 8_000_000, device=device)
 
     def timed(work: Callable[[], object]) -> float:
         best = float("inf")
@@ -152,7 +162,7 @@ def _measured() -> tuple[float, float]:
             best = min(best, time.perf_counter() - start)
         return best
 
-    return 2 * 1024**3 / timed(lambda: one @ one), 2 * block.nbytes / timed(block.clone)
+    return 2 * 512**3 / timed(lambda: one @ one), 2 * block.nbytes / timed(lambda: other.copy_(block))
 
 
 def _notes(job: Job, survey: Survey) -> Iterator[str]:
@@ -166,30 +176,35 @@ def _notes(job: Job, survey: Survey) -> Iterator[str]:
 
 
 def _lack_of_room(job: Job, found: Preflight, survey: Survey) -> Iterator[str]:
-    fetched = {state.source: size for (*_, size), state in zip(
-        found.sources, (survey.base, *survey.experts.values()), strict=True) if not state.has_values}  # fmt: skip
-    need = found.placements[job.recipe.vectors.placement][2] + sum(fetched.values())
-    folder = _existing(cache_dir())
-    free = shutil.disk_usage(folder).free
-    if need > free:
-        yield (
-            f"The disk of {folder} has {gigabytes(free)} left; checkpoints to fetch ({some(fetched)}) and task vectors "
-            f"on disk want {gigabytes(need)}. Free some, set ADAMERGE_CACHE and HF_HOME to a larger disk, or choose "
-            "another `model.vectors.placement`."
-        )
+    from huggingface_hub import constants
+
+    states = (survey.base, *survey.experts.values())
+    fetched = {s.source: size for (*_, size), s in zip(found.sources, states, strict=True) if not s.has_values}
+    vectors = found.placements[job.recipe.vectors.placement][2]
+    wanted = {
+        "checkpoints of the hub": (Path(constants.HF_HUB_CACHE), sum(fetched.values()), "HF_HUB_CACHE"),
+        "task vectors": (cache_dir(), vectors, "ADAMERGE_CACHE"),
+    }
+    for what, (cache, need, variable) in wanted.items():
+        free = shutil.disk_usage(_existing(cache.expanduser())).free
+        if need > free:
+            yield (
+                f"The disk of {cache} has {gigabytes(free)} left, and {what} want {gigabytes(need)}: free some, or set "
+                f"{variable} to a folder on a larger one."
+            )
 
 
 def _existing(folder: Path) -> Path:
     return next(parent for parent in (folder, *folder.parents) if parent.exists())
 
 
-def _read_all(job: Job) -> None:
+def _read_all(job: Job, survey: Survey) -> None:
     with progress_console().status("Reading all values …"):
-        opened = job.recipe.open({task: data.classes for task, data in job.data.tasks.items()})
+        opened = job.recipe.open(survey.classes)
         for state in (opened.base, *opened.experts.values()):
             if state.files:
                 state.sha256()
-        vectors = TaskVectors.open(opened.space, opened.base, opened.experts)
+        vectors = opened.vectors()
         audit = ValueAudit(vectors.tasks, ancestry=job.recipe.vectors.ancestry)
         for name in opened.space.shapes:
             audit(name, vectors.base(name), vectors.deltas(name))

@@ -97,6 +97,7 @@ class Survey:
         space: What is merged.
         base: The base's checkpoint.
         experts: The experts'.
+        excluded: What some experts are left out of the merge of; see `vocabulary.Fitted`.
     """
 
     problems: list[str]
@@ -105,6 +106,7 @@ class Survey:
     space: ParamSpace = field(default_factory=lambda: ParamSpace({}, {}, (), {}, {}))
     base: State = field(default_factory=lambda: open_state({}))
     experts: Mapping[str, State] = field(default_factory=dict)
+    excluded: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
 class Recipe(Recorded):
@@ -193,12 +195,13 @@ class Recipe(Recorded):
         Raises:
             InputError: Sources that are missing, damaged or do not fit the network or the tasks; all problems at once.
         """
-        survey = self._survey(classes, left_out or {}, self.backbone.open, self.backbone.build)
+        survey = self._survey(classes, left_out or {}, self.backbone.open, self.backbone.build, values=True)
         raise_all(survey.problems, "the sources")
         net, space, base, states = survey.net, survey.space, survey.base, survey.experts
         fill(net, space, base, states)
         infos = [TaskInfo(task, tuple(survey.classes[task]), state, base) for task, state in states.items()]
-        opened = Opened(self, net, space, base, states, self.backbone.heads(infos), survey.classes)
+        heads = self.backbone.heads(infos)
+        opened = Opened(self, net, space, base, states, heads, survey.classes, survey.excluded)
         if widths is not None:
             opened.width, opened.blocks = widths["features"], dict(widths["blocks"])
         return opened
@@ -217,23 +220,26 @@ class Recipe(Recorded):
         left_out: Mapping[str, str],
         look: Callable[[str], State],
         build: Callable[[], nn.Module],
+        *,
+        values: bool = False,
     ) -> "Survey":
         states: dict[str, State] = {}
         known: dict[str, Sequence[str]] = {}
         problems = list(self._problems(classes, states, known, look))
         base = states.pop(_BASE, None)
         if base is None:
-            return Survey(problems, known)
+            return Survey(list(dict.fromkeys(problems)), known)
         try:
             net = build()
             space = ParamSpace.of(net, group=self.space.group, skip=self.space.skip, buffers=self.space.buffers)
             space = space.apart({**self.backbone.own(base), **self._spared(space, base, states), **left_out})
-            space, states, refused = fit_vocabularies(self, net, space, base, states)
+            fitted = fit_vocabularies(self, net, space, base, states)
         except InputError as error:
             return Survey([*problems, str(error)], known)
         lost = set(self.experts) - set(states)  # said already
-        found = header_problems(space, base, states) if states or not lost else ()
-        return Survey([*problems, *refused, *found], known, net, space, base, states)
+        space, states = fitted.space, fitted.experts
+        found = header_problems(space, base, states, values=values) if states or not lost else ()
+        return Survey([*problems, *fitted.problems, *found], known, net, space, base, states, fitted.excluded)
 
     def _spared(self, space: ParamSpace, base: State, experts: Mapping[str, State]) -> dict[str, str]:
         """What the backbone lets stand as it is in the base where no expert has it."""
@@ -256,9 +262,9 @@ class Recipe(Recorded):
             )
         for name, source in [(_BASE, self.base), *self.experts.items()]:
             try:
-                states[name] = look(source)
                 if name != _BASE:
                     yield from (f"Expert '{name}': {problem}" for problem in self.backbone.differences(source))
                     known[name] = self.backbone.classes(source, classes.get(name, ()))
+                states[name] = look(source)
             except InputError as error:
                 yield str(error)

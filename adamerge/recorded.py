@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
@@ -88,7 +89,7 @@ def revive(value: Any, *, trust: bool, partial: bool = False) -> Any:
     if isinstance(value, Mapping) and "class_path" in value:
         cls = _resolve(value["class_path"], trust)
         hints = typing.get_type_hints(getattr(cls, "__init__", cls))
-        waits = {name for name, hint in hints.items() if typing.get_origin(hint) is Callable}
+        waits = {name for name, hint in hints.items() if _is_importable(hint)}
         arguments = {k: revive(v, trust=trust, partial=k in waits) for k, v in (value.get("init_args") or {}).items()}
         try:
             return functools.partial(cls, **arguments) if partial else cls(**arguments)
@@ -99,6 +100,15 @@ def revive(value: Any, *, trust: bool, partial: bool = False) -> Any:
     if isinstance(value, Mapping):
         return {key: revive(item, trust=trust) for key, item in value.items()}
     return [revive(item, trust=trust) for item in value] if isinstance(value, list) else value
+
+
+def _is_importable(hint: Any) -> bool:
+    """Whether an argument is a class or function, which stands in text as its path."""
+    if hint in (type, Callable) or typing.get_origin(hint) in (type, Callable):
+        return True
+    options = [each for each in typing.get_args(hint) if each is not type(None)]
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return union and str not in options and any(map(_is_importable, options))
 
 
 def foreign(path: str) -> str:

@@ -17,6 +17,7 @@ from adamerge import artifact
 from adamerge.config import parse
 from adamerge.data import UnlabeledTasks
 from adamerge.evaluation import Scores, baselines, classes_of, evaluate
+from adamerge.hub import one_commit
 from adamerge.job import Job, RunOptions
 from adamerge.learnables import learnables_of
 from adamerge.merged import MergedModel
@@ -98,11 +99,11 @@ def train(
 
 def execute(job: Job) -> Run:
     """Run a job: launch the processes, check everything, score the baselines, train, save, score."""
-    with terse_lightning():
-        return _execute(job)
+    with terse_lightning(), one_commit() as commits:
+        return _execute(job, commits)
 
 
-def _execute(job: Job) -> Run:
+def _execute(job: Job, commits: dict[tuple[str, str], str]) -> Run:
     pl.seed_everything(job.seed_everything, verbose=False)
     job = _own(job)
     trainer = make_trainer(job)
@@ -111,7 +112,7 @@ def _execute(job: Job) -> Run:
         log.setLevel(logging.ERROR)
     device = trainer.strategy.root_device
     checkpoint, held = read_checkpoint(job.ckpt_path)
-    opened, batches = _open(trainer, job), job.data.stream()[0]
+    opened, batches = _open(trainer, job, commits), job.data.stream()[0]
     job.data.eval_loaders(trainer.global_rank, trainer.world_size)  # a missing or too small split is said now
     opened.probe(batches, device)
     raw = opened.load_vectors()
@@ -218,13 +219,17 @@ def _own(job: Job) -> Job:
     return job
 
 
-def _open(trainer: pl.Trainer, job: Job) -> Opened:
-    """Rank 0 checks the sources first, alone: it fetches, hashes, builds demos, and its error ends every rank."""
+def _open(trainer: pl.Trainer, job: Job, commits: dict[tuple[str, str], str]) -> Opened:
+    """Rank 0 checks the sources first, alone: it fetches, hashes, builds demos, and its error ends every rank.
+
+    The others open the commits that it found.
+    """
     mine = []
 
-    def checked() -> None:
+    def checked() -> dict[tuple[str, str], str]:
         survey_of(job)  # before anything large is fetched
         mine.append(job.recipe.open(job.data.classes))  # what stays here cannot travel
+        return dict(commits)
 
-    once(trainer, checked)
+    commits |= once(trainer, checked)
     return mine[0] if mine else job.recipe.open(job.data.classes)

@@ -18,9 +18,14 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import datasets
 import pytest
-from huggingface_hub import HfFileSystem, close_session, constants, hf_api
+from huggingface_hub import HfFileSystem, constants, file_download, hf_api
 
 from adamerge.hub import _answers
+
+try:
+    from huggingface_hub import close_session
+except ImportError:  # huggingface_hub < 1
+    from huggingface_hub.utils._http import reset_sessions as close_session
 
 TOKEN = "hf_of_the_tester"
 USER = "tester"
@@ -252,7 +257,9 @@ def _create(hub, call):
     url = f"{hub.url}/{'datasets/' if kind == 'dataset' else ''}{call.repo}"
     if (kind, call.repo) in hub.repos:
         return _json({"error": "You already created this repo", "url": url}, 409)
-    repo = hub.repos[kind, call.repo] = Repo(call.repo, kind, private=said.get("visibility") == "private")
+    repo = hub.repos[kind, call.repo] = Repo(
+        call.repo, kind, private=said.get("visibility") == "private" or bool(said.get("private"))
+    )
     repo.commit({".gitattributes": b"*.safetensors filter=lfs\n"}, "main", "initial commit")
     return _json({"url": url, "name": call.repo})
 
@@ -421,6 +428,8 @@ def served_hub(monkeypatch, tmp_path):
     ours |= {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, "HF_HUB_DISABLE_IMPLICIT_TOKEN": False}
     for name, value in ours.items():
         monkeypatch.setattr(constants, name, value)
+    template = "HUGGINGFACE_CO_URL_TEMPLATE"
+    monkeypatch.setattr(file_download, template, ours[template], raising=False)  # of huggingface_hub < 1
     for name in ("AGENT_HARNESSES_PATH", "HF_STORED_TOKENS_PATH"):
         monkeypatch.setattr(constants, name, str(cache / name), raising=False)
     monkeypatch.setattr(hf_api.api, "endpoint", url)

@@ -222,8 +222,8 @@ def test_other_classes_are_refused(adamerge_command, run, fewer):
 
 
 def test_other_tasks_are_refused(adamerge_command, run):
-    edit_config(run, lambda read: read["data"]["tasks"].pop("b"))
-    assert "The data have the tasks a, c; the merge a, b, c." in adamerge_command("evaluate", run.dir, "--trust")[2]
+    edit_config(run, lambda read: read["data"]["tasks"].update(d=read["data"]["tasks"].pop("b")))
+    assert "The data have the tasks a, c, d; the merge a, b, c." in adamerge_command("evaluate", run.dir, "--trust")[2]
 
 
 def test_foreign_data_are_not_imported_without_trust(adamerge_command, run, tmp_path, monkeypatch):

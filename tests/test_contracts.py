@@ -258,7 +258,10 @@ def test_task_module_keeps_fp32(make):
     kind = make if inspect.isclass(make) else make.func
     module = next((m for m in model.modules() if isinstance(m, kind)), None)
     if module is None:
-        embeddings = (torch.randn(4, 6), 10.0) if kind is ZeroShotHead else ()
-        module = kind(TaskInfo("a", head=model.chain("a")[-1], net=Net(), width=6), *embeddings)
+        expert = {"head.weight": torch.randn(4, 6)}
+        needed = {"ZeroShotHead": {"weight": torch.randn(4, 6), "scale": 10.0}, "ClassifierHead": {"prefix": "head."},
+                  "Words": {"tokens": [0, 2]}}  # fmt: skip
+        info = TaskInfo("a", head=model.chain("a")[-1], net=Net(), width=6, expert=expert)
+        module = kind(info, **needed.get(kind.__name__, {}))
     module.to(torch.bfloat16)
     assert all(parameter.dtype == torch.float32 for parameter in module.parameters())

@@ -55,7 +55,7 @@ def test_every_command_parses_and_names_what_exists():
         python, dash, module, *arguments = shlex.split(command)
         assert (python, dash, module) == ("python", "-m", "adamerge.fit")
         make_parser().parse_args([str(ROOT / a) if a.startswith("configs/") else a for a in arguments])
-    for target in re.findall(r"`make (\w+)`", README):
+    for target in re.findall(r"`make ([\w-]+)`", README):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M)
     for link in re.findall(r"\]\(([\w./-]+)\)", README):
         assert (ROOT / link).exists()

@@ -126,7 +126,7 @@ def test_layouts_of_one_pool_give_one_merge(pools, tmp_path):
 
 
 @pytest.mark.parametrize("name", MATRIX)
-def test_the_card_of_an_export_loads_it_without_us(name, pools, tmp_path, capsys):
+def test_the_card_of_an_export_loads_it_without_us(name, pools, tmp_path, capsys, monkeypatch):
     run = train(pools(name), name, tmp_path / "runs")
     out = tmp_path / "out"
     adamerge.export(run.dir, out)
@@ -135,6 +135,7 @@ def test_the_card_of_an_export_loads_it_without_us(name, pools, tmp_path, capsys
     assert "adamerge" not in code
     assert len([line for line in code.splitlines() if line.strip()]) <= 12
     Pictures("a").split("test")[0]["image"].save(tmp_path / "picture.png")
+    monkeypatch.chdir(tmp_path)
     exec(code.replace("picture.png", str(tmp_path / "picture.png")), {})
     said = capsys.readouterr().out
     assert said.strip()

@@ -212,7 +212,8 @@ def vectors_of(
             key: {n: t.to(dtype) if t.is_floating_point() else t for n, t in state.items()}
             for key, state in pool.items()
         }
-    return TaskVectors.load(space, pool["base"], {task: pool[task] for task in tasks})
+    experts = {task: pool[task] for task in tasks}
+    return TaskVectors.load(space, pool["base"], experts, ancestry="warn")  # wide networks begin with small values
 
 
 def widths_of(net: nn.Module) -> dict[str, int]:

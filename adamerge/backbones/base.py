@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from adamerge.blocks import block_names
-from adamerge.checkpoints import State, open_state
+from adamerge.checkpoints import State, open_headers, open_state
 from adamerge.recorded import Recorded
 from adamerge.task_modules import TaskModule
 from adamerge.types import ROWS, Batch, InputError, TaskInfo
+from adamerge.vocabulary import Vocabulary
 
 
 class Backbone(Recorded, ABC):
@@ -70,8 +71,12 @@ class Backbone(Recorded, ABC):
         """What the headers of an expert's checkpoint tell against its head. Default: nothing."""
         return iter(())
 
-    def vocabulary(self, source: str) -> Mapping[str, int] | None:
-        """The tokens of a checkpoint with their numbers; None where it has no tokenizer. Default: None."""
+    def vocabulary(self, source: str) -> Vocabulary | None:
+        """The tokens of a checkpoint; None where it has no tokenizer. Default: None.
+
+        Raises:
+            InputError: It has one that cannot be read.
+        """
         return None
 
     def token_tensors(self, net: nn.Module) -> Sequence[str]:
@@ -95,8 +100,11 @@ class Backbone(Recorded, ABC):
         return open_state(source)
 
     def peek(self, source: str) -> State:
-        """As `open`, for names, shapes and dtypes alone; nothing is fetched but headers. Default: `open` itself."""
-        return self.open(source)
+        """As `open`, for names, shapes and dtypes alone; nothing is fetched but headers.
+
+        Default: `open` itself, where a backbone has one of its own.
+        """
+        return open_headers(source) if type(self).open is Backbone.open else self.open(source)
 
     def outline(self) -> nn.Module:
         """The network for its names and shapes alone. Default: as `build` makes it."""
@@ -150,7 +158,7 @@ class Backbone(Recorded, ABC):
         return {}
 
     def loading(self, task: str) -> str:
-        """Python that loads an exported folder, `{folder}`, and answers for a task, by its library alone."""
+        """Python that answers for a task by an export's library alone; a line of it is `folder = "{folder}"`."""
         return ""
 
     def example(self, net: nn.Module, number: int) -> Batch:

@@ -40,8 +40,8 @@ class ImageClassifier(ImageInput, Classifier):
         return f"""from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-folder = "{{folder}}/tasks/{task}"
-model = AutoModelForImageClassification.from_pretrained(folder)
+folder = "{{folder}}"
+model = AutoModelForImageClassification.from_pretrained(folder, subfolder="tasks/{task}")
 processor = AutoImageProcessor.from_pretrained(folder)
 logits = model(**processor(Image.open("picture.png"), return_tensors="pt")).logits
 print(model.config.id2label[int(logits.argmax())])"""
@@ -85,8 +85,8 @@ class TextClassifier(TextInput, Classifier):
     def loading(self, task: str) -> str:
         return f"""from transformers import {self.auto}, AutoTokenizer
 
-folder = "{{folder}}/tasks/{task}"
-model = {self.auto}.from_pretrained(folder)
+folder = "{{folder}}"
+model = {self.auto}.from_pretrained(folder, subfolder="tasks/{task}")
 tokenizer = AutoTokenizer.from_pretrained(folder)
 logits = model(**tokenizer("a text", return_tensors="pt")).logits
 print([model.config.id2label[int(c)] for c in logits.argmax(-1).flatten()])"""

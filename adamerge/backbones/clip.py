@@ -76,8 +76,8 @@ class CLIP(ImageInput, Transformers):
     def features(self, net: nn.Module, batch: Batch) -> Tensor:
         return net(**self.inputs(batch))
 
-    def differences(self, source: str) -> Any:
-        return iter(())  # a tower's configuration is a part of the whole's; names and shapes are compared
+    def compared(self, config: Any) -> Any:
+        return getattr(config, "vision_config", config)  # a tower alone has its part of the whole's
 
     # --- heads
 
@@ -156,12 +156,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModel
 
-model, processor = AutoModel.from_pretrained("{{folder}}"), AutoImageProcessor.from_pretrained("{{folder}}")
-heads = load_file("{{folder}}/heads.safetensors")
+folder = "{{folder}}"
+model, processor = AutoModel.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
+heads = load_file(folder + "/heads.safetensors")
 found = model.get_image_features(**processor(Image.open("picture.png"), return_tensors="pt"))
 features = torch.nn.functional.normalize(getattr(found, "pooler_output", found), dim=-1)
 logits = features @ heads["{task}.weight"].T + heads["{task}.bias"]
-print(json.load(open("{{folder}}/tasks.json"))["{task}"]["classes"][int(logits.argmax())])"""
+print(json.load(open(folder + "/tasks.json"))["{task}"]["classes"][int(logits.argmax())])"""
 
     def exported(self, folder: Path) -> nn.Module:
         return Tower(self._pretrained(folder)).eval()

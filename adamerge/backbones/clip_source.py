@@ -25,7 +25,8 @@ class ClipSource:
     """An open_clip model by its name.
 
     Args:
-        model: `NAME`, `open_clip:NAME/TAG`, `hf-hub:ORG/NAME`, `local-dir:PATH`, or `demo:POOL/NAME`.
+        model: `NAME`, `open_clip:NAME/TAG`, `hf-hub:ORG/NAME` with or without `@REVISION`,
+            `local-dir:PATH`, or `demo:POOL/NAME`.
     """
 
     def __init__(self, model: str) -> None:
@@ -43,6 +44,8 @@ class ClipSource:
         """As open_clip's factory takes it."""
         if self.model.startswith("demo:"):
             return f"local-dir:{locate(self.model)}"
+        if self.model.startswith("hf-hub:") and "@" in self.model:  # open_clip knows no revisions
+            return f"local-dir:{locate(self.model, weights=False)}"
         return _name_and_tag(self.model)[0]
 
     def config(self) -> dict[str, Any]:
@@ -167,7 +170,8 @@ def weights_of(source: str) -> Path:
 
         with explained(f"The weights of '{source}' cannot be had"):
             if source.startswith("hf-hub:"):
-                return Path(open_clip.download_pretrained_from_hf(source.removeprefix("hf-hub:")))
+                name, _, revision = source.removeprefix("hf-hub:").partition("@")
+                return Path(open_clip.download_pretrained_from_hf(name, revision=revision or None))
             name, tag = _name_and_tag(source)
             if tag is None:
                 raise InputError(f"'{source}' names no pretrained weights; write open_clip:{name}/TAG.")

@@ -10,6 +10,7 @@ from torch.utils.data import default_collate
 
 from adamerge.backbones.text import IDS, MASK, TextInput, trimmed
 from adamerge.backbones.transformers import Transformers
+from adamerge.checkpoints import State
 from adamerge.task_modules import AsIs, TaskModule
 from adamerge.types import ROWS, Batch, InputError, TaskInfo
 
@@ -88,7 +89,8 @@ class SentenceEncoder(TextInput, Transformers):
     def loading(self, task: str) -> str:
         return """from transformers import AutoModel, AutoTokenizer
 
-model, tokenizer = AutoModel.from_pretrained("{folder}"), AutoTokenizer.from_pretrained("{folder}")
+folder = "{folder}"
+model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 batch = tokenizer(["a text", "another"], padding=True, return_tensors="pt")
 tokens = model(**batch).last_hidden_state  # pooled as tasks.json says; this is `mean`
 mask = batch["attention_mask"][..., None]
@@ -144,6 +146,9 @@ class Seq2Seq(TextInput, Transformers):
         wrong = [prompt for prompt in prompts if "{text}" not in prompt]
         if wrong:
             raise InputError(f"`backbone.templates` need {{text}} for the sample's text; '{wrong[0]}' has none.")
+
+    def own(self, base: State) -> Mapping[str, str]:
+        return {}  # what stands beside the body makes the answers of all tasks
 
     def preparer(self, task: str) -> Any:
         template = self._template(task)
@@ -227,8 +232,9 @@ class Seq2Seq(TextInput, Transformers):
         return f"""import json
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained("{{folder}}"), AutoTokenizer.from_pretrained("{{folder}}")
-task = json.load(open("{{folder}}/tasks.json"))["{task}"]
+folder = "{{folder}}"
+model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+task = json.load(open(folder + "/tasks.json"))["{task}"]
 prompt = task["template"].replace("{{{{text}}}}", "a text").replace("{{{{pair}}}}", "another")
 answer = model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=8)
 print(tokenizer.decode(answer[0], skip_special_tokens=True))"""
@@ -245,9 +251,11 @@ class Words(TaskModule):
         tokens: The number of each class's token.
     """
 
+    tokens: Tensor
+
     def __init__(self, task: TaskInfo, tokens: Sequence[int]) -> None:
         super().__init__(task)
-        self.tokens = nn.Parameter(torch.tensor(tokens), requires_grad=False)
+        self.register_buffer("tokens", torch.tensor(tokens), persistent=False)
 
     @property
     def num_classes(self) -> int:

@@ -1,12 +1,14 @@
 """Folders that transformers loads: weights in shards, configuration, tokenizer or processor, heads."""
 
+import copy
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -15,10 +17,11 @@ from adamerge.backbones.layout import Layout
 from adamerge.modules import identity
 
 SHARD = "5GB"
-_BESIDE = (
+TOKENIZER = (
     *("tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json", "*.model", "spiece*"),
-    *("preprocessor_config.json", "processor_config.json", "generation_config.json", "chat_template*"),
+    *("chat_template*",),
 )
+_BESIDE = (*TOKENIZER, "preprocessor_config.json", "processor_config.json", "generation_config.json")
 
 
 class FolderWriter:
@@ -32,9 +35,11 @@ class FolderWriter:
     def __init__(self, layout: Layout, source: Path) -> None:
         self._layout, self._source = layout, source
         self._shards: dict[str, list[str]] = {}
-        self._root = Path()
+        self._root, self._dtype = Path(), torch.float32
 
-    def whole(self, net: nn.Module, folder: Path, config: Any, architecture: str) -> None:
+    def whole(
+        self, net: nn.Module, folder: Path, config: Any, architecture: str, *, without: Collection[str] = ()
+    ) -> None:
         """What tasks share of a network, in the folder itself.
 
         Args:
@@ -42,8 +47,9 @@ class FolderWriter:
             folder: Where.
             config: Its configuration.
             architecture: The class that loads it.
+            without: Names of tensors that are each task's own.
         """
-        own, seen = set(self._layout.own), set()
+        own, seen = set(without), set()
         state: dict[str, Tensor] = {}
         for name, tensor in net.state_dict().items():
             if name in own or identity(tensor) in seen:
@@ -56,8 +62,7 @@ class FolderWriter:
             save_file({name: state[name] for name in names}, folder / file, metadata={"format": "pt"})
         if split.is_sharded:
             _write_index(folder, {name: file for file, names in self._shards.items() for name in names})
-        dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
-        self._dtype = dtype
+        self._dtype = max((t for t in state.values() if t.is_floating_point()), key=Tensor.numel).dtype
         self._describe(folder, config, architecture)
 
     def task(self, folder: Path, task: str, config: Any, architecture: str, head: Mapping[str, Tensor]) -> None:
@@ -71,18 +76,22 @@ class FolderWriter:
             _link(self._root / file, home / shard)
             index |= dict.fromkeys(names, shard)
         last = f"model-{number:05d}-of-{number:05d}.safetensors"
-        own = {self._layout.stored.get(name, name): tensor for name, tensor in head.items()}
-        dtype = next(iter(head.values())).dtype
-        save_file({n: t.cpu().to(dtype).contiguous() for n, t in own.items()}, home / last, metadata={"format": "pt"})
+        own = {
+            self._layout.stored.get(name, name): tensor.detach().cpu().to(self._dtype).contiguous()
+            for name, tensor in head.items()
+        }
+        save_file(own, home / last, metadata={"format": "pt"})
         _write_index(home, {**index, **dict.fromkeys(own, last)})
         self._describe(home, config, architecture)
 
     def _describe(self, folder: Path, config: Any, architecture: str) -> None:
+        config = copy.deepcopy(config)
         config.architectures = [architecture]
         config.save_pretrained(folder)
         told = json.loads((folder / "config.json").read_text())
         key = "dtype" if "dtype" in told else "torch_dtype"
-        (folder / "config.json").write_text(json.dumps({**told, key: self._dtype}, indent=2, sort_keys=True))
+        told[key] = str(self._dtype).removeprefix("torch.")
+        (folder / "config.json").write_text(json.dumps(told, indent=2, sort_keys=True))
         for file in {file for pattern in _BESIDE for file in self._source.glob(pattern) if file.is_file()}:
             shutil.copyfile(file, folder / file.name)
 

@@ -48,7 +48,8 @@ class Layout:
         body = net.base_model if body is None else body
         prefix = next(name for name, module in net.named_modules() if module is body)
         ignored = frozenset(name for name, _ in net.named_buffers() if name not in state)
-        return cls(f"{prefix}." if prefix else "", tuple(state), _stored_names(net, state), output, ignored)
+        stored = _stored_names(net, state)
+        return cls(f"{prefix}." if prefix else "", tuple(state), stored, output, ignored)
 
     def part(self, names: Collection[str], body: str) -> "Layout":
         """The layout of a part of the network, whose shared part stands under a prefix of its own."""
@@ -68,11 +69,15 @@ class Layout:
     def _is_output(self, name: str) -> bool:
         return bool(self.output) and name.startswith(self.output)
 
-    def select(self, state: State) -> State:
+    def select(self, state: State, *, say: bool = True) -> State:
         """A checkpoint's tensors under the network's names.
 
         The shared part may stand under any one prefix. Other parts than the network's are left where they are; tensors
         of its parts that it does not have stay, for the audit to find.
+
+        Args:
+            state: The checkpoint.
+            say: What is done with names.
 
         Raises:
             InputError: The checkpoint holds the network more than once.
@@ -80,34 +85,35 @@ class Layout:
         keys = {_modern(key, self.names): key for key in state}
         prefix, renamed = self._found(keys, state.source)
         parts = {name.removeprefix(self.body).partition(".")[0] for name in (*self.shared, *renamed)}
-        chosen: dict[str, str] = {}
+        own, chosen = self.own, dict[str, str]()
         for key, held in keys.items():
             rest = key.removeprefix(prefix)
             if not key.startswith(prefix) or rest.partition(".")[0] not in parts:
                 continue
             name = renamed.get(rest, self.body + rest)
-            if name not in self.ignored and name not in self.own:
+            if name not in self.ignored and name not in own:
                 chosen[name] = held
         outer = prefix.rstrip(".").rpartition(".")[0]
         outer = f"{outer}." if outer else ""
-        for name in self.own:
+        for name in own:
             found = next((key for key in (outer + self.stored[name], outer + name, name) if key in keys), None)
             if found is not None:
                 chosen[name] = keys[found]
         used = set(chosen.values())
         left = [key for key in state if key not in used]
-        if prefix != self.body and prefix != self._stored_body:
+        if say and prefix not in (self.body, self._stored_body):
             log.info("%s holds the network's tensors under '%s', not '%s'.", state.source, prefix, self.body)
-        if left:
-            log.info("%s holds %s tensors that the merge has no use for.", state.source, some(left))
+        if say and left:
+            log.info("What %s holds beside the network is not merged: %s.", state.source, some(left))
         return Selected(state, chosen, state.source, files=state.files)
 
-    def parts_not_in(self, state: State) -> list[str]:
-        """The names of the shared part's modules, such as a pooler, of which a checkpoint has no tensor at all."""
-        parts: dict[str, list[str]] = {}
-        for name in self.shared:
-            parts.setdefault(name.removeprefix(self.body).partition(".")[0], []).append(name)
-        return [name for names in parts.values() if not any(name in state for name in names) for name in names]
+    def pooler_not_in(self, state: State) -> list[str]:
+        """The names of the shared part's pooler, if a checkpoint has no tensor of it at all.
+
+        Pre-training may have had no use for it; anything else that is missing is a fault of the checkpoint.
+        """
+        names = [name for name in self.shared if name.removeprefix(self.body).startswith("pooler.")]
+        return [] if any(name in state for name in names) else names
 
     @property
     def _stored_body(self) -> str:

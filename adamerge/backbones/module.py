@@ -1,11 +1,12 @@
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from adamerge.backbones.base import Backbone
 from adamerge.blocks import block_names
-from adamerge.checkpoints import absolute
+from adamerge.checkpoints import State, absolute
+from adamerge.hub import hub_id
 from adamerge.task_modules import LinearHead, TaskModule
 from adamerge.types import Batch, InputError, TaskInfo
 
@@ -76,6 +77,15 @@ class Module(Backbone):
         if task.name not in self._heads:
             raise InputError(f"`backbone.heads` names no head for task '{task.name}'; it has {', '.join(self._heads)}.")
         return LinearHead(task, prefix="", path=self._heads[task.name], trainable=self._train_heads)
+
+    def head_problems(self, task: str, state: State, classes: Sequence[str]) -> Iterator[str]:
+        source = state.source if isinstance(self._heads, str) else self._heads.get(task, "")
+        if not state.has_values or hub_id(source) is not None:
+            return  # what is on the hub is not fetched for its head
+        try:
+            self.head(TaskInfo(task, tuple(classes), state))
+        except InputError as error:
+            yield str(error)
 
     def sources(self) -> Mapping[str, str]:
         return {} if isinstance(self._heads, str) else {f"head {task}": path for task, path in self._heads.items()}

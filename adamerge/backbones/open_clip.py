@@ -173,9 +173,10 @@ import open_clip
 import torch
 from PIL import Image
 
-clip, _, preprocess = open_clip.create_model_and_transforms("local-dir:{{folder}}")
-tokenize = open_clip.get_tokenizer("local-dir:{{folder}}")
-task = json.load(open("{{folder}}/tasks.json"))["{task}"]
+folder = "{{folder}}"
+clip, _, preprocess = open_clip.create_model_and_transforms("local-dir:" + folder)
+tokenize = open_clip.get_tokenizer("local-dir:" + folder)
+task = json.load(open(folder + "/tasks.json"))["{task}"]
 head = open_clip.build_zero_shot_classifier(clip.eval(), tokenize, task["classes"], task["templates"])
 with torch.inference_mode():
     features = clip.encode_image(preprocess(Image.open("picture.png"))[None], normalize=True)

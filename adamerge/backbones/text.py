@@ -11,8 +11,11 @@ from torch.utils.data import default_collate
 
 from adamerge.backbones.base import batch_size
 from adamerge.backbones.explained import explained
+from adamerge.backbones.folder import TOKENIZER
 from adamerge.checkpoints import locate
+from adamerge.files import sha256
 from adamerge.types import ROWS, UNLABELED, Batch, InputError
+from adamerge.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from adamerge.backbones.transformers import Transformers
@@ -39,15 +42,15 @@ class TextInput(_Base):
             InputError: There is none.
         """
         with explained(f"The tokenizer of '{self.model}' cannot be had"):
-            return self._tokenizer(self.model)
+            made = self._tokenizer(self.model)
+        if made.pad_token_id is None:
+            made.pad_token = made.eos_token
+        return made
 
     def _tokenizer(self, source: str) -> Any:
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(locate(source, weights=False), trust_remote_code=self._remote)
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        return tokenizer
+        return AutoTokenizer.from_pretrained(locate(source, weights=False), trust_remote_code=self._remote)
 
     @cached_property
     def length(self) -> int:
@@ -71,15 +74,23 @@ class TextInput(_Base):
     def tokens_per_sample(self) -> int | None:
         return self.length
 
-    def vocabulary(self, source: str) -> Mapping[str, int] | None:
-        try:
-            folder = locate(source, weights=False)
-        except InputError:
+    def vocabulary(self, source: str) -> Vocabulary | None:
+        folder = locate(source, weights=False)
+        files = sorted(file for pattern in TOKENIZER for file in folder.glob(pattern)) if folder.is_dir() else []
+        if all(file.name.endswith(("_config.json", "_map.json")) for file in files):
             return None
-        if not folder.is_dir() or (not any(folder.glob("*token*")) and not any(folder.glob("vocab*"))):
-            return None
-        with explained(f"The tokenizer of '{source}' cannot be had"):
-            return self._tokenizer(source).get_vocab()
+        digest = "".join(file.name + sha256(file) for file in files)
+        if digest not in self._vocabularies:  # as a rule all experts have the base's
+            with explained(f"The tokenizer of '{source}' cannot be had"):
+                made = self._tokenizer(source)
+            special = {role: str(token) for role, token in made.special_tokens_map.items() if isinstance(token, str)}
+            template = str(made.chat_template) if made.chat_template else None
+            self._vocabularies[digest] = Vocabulary(made.get_vocab(), special, template)
+        return self._vocabularies[digest]
+
+    @cached_property
+    def _vocabularies(self) -> dict[str, Vocabulary]:
+        return {}
 
     def token_tensors(self, net: nn.Module) -> Sequence[str]:
         found = [get() for name in ("get_input_embeddings", "get_output_embeddings") if (get := _method(net, name))]
@@ -134,7 +145,7 @@ class TextInput(_Base):
         return self.collate([TextInput.prepare(self, {"text": text}) for text in texts])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "layout"}
+        return {key: value for key, value in self.__dict__.items() if key not in ("layout", "_vocabularies")}
 
 
 def _method(net: nn.Module, name: str) -> Callable[[], Any] | None:

@@ -16,12 +16,15 @@ from adamerge.backbones.explained import explained
 from adamerge.backbones.folder import FolderWriter
 from adamerge.backbones.layout import Layout, output_layer
 from adamerge.blocks import block_names
-from adamerge.checkpoints import State, absolute, locate, open_headers, open_state
+from adamerge.checkpoints import PICKLES, State, absolute, locate, open_headers, open_state
 from adamerge.task_modules import ClassifierHead, TaskModule
-from adamerge.types import Batch, InputError, TaskInfo
+from adamerge.types import Batch, InputError, TaskInfo, some
 
 # What may differ between a base and its fine-tunes without another network coming of it.
-_FREE = re.compile(r"dropout|drop_|_drop|initializer|label|problem_type|token_id|finetuning|checkpointing|vocab_size")
+_FREE = re.compile(
+    r"drop|init|label|problem_type|token_id|finetuning|checkpointing|vocab_size|projection_dim|use_cache|^output_|^return_"
+)
+_REMOTE = "trust_remote_code"  # what transformers' complaint of a folder with code of its own contains
 
 
 class Transformers(Backbone):
@@ -82,7 +85,15 @@ class Transformers(Backbone):
                     f"'{source}' has no config.json. Name a folder or hub id that `save_pretrained` has written; for a "
                     "base that is a file alone, name one in `backbone.model`."
                 )
-            return AutoConfig.from_pretrained(folder, trust_remote_code=self._remote)
+            try:
+                return AutoConfig.from_pretrained(folder, trust_remote_code=self._remote)
+            except ValueError as error:
+                if self._remote or _REMOTE not in str(error):
+                    raise
+                raise InputError(
+                    f"'{source}' is of an architecture that transformers does not have: it brings code of its own. "
+                    "Read that, and if you trust it, set `backbone.remote_code` to true."
+                ) from error
 
     @cached_property
     def config(self) -> Any:
@@ -108,7 +119,7 @@ class Transformers(Backbone):
 
     @cached_property
     def _is_untied(self) -> bool:
-        """Whether the output layer is no embedding, whatever the library makes: transformers 5 ties that of every T5."""
+        """Whether the output layer is no embedding, whatever the library makes: transformers 5 ties each T5's."""
         told = json.loads((locate(self.model, weights=False) / "config.json").read_text())
         return told.get("tie_word_embeddings") is False
 
@@ -123,7 +134,7 @@ class Transformers(Backbone):
 
     def own(self, base: State) -> Mapping[str, str]:
         own = dict.fromkeys(self.layout.own, "each task's own")
-        return own | dict.fromkeys(self.layout.parts_not_in(base), "each task's own, not in the base")
+        return own | dict.fromkeys(self.layout.pooler_not_in(base), "each task's own, not in the base")
 
     def blocks(self, net: nn.Module) -> Sequence[str]:
         return block_names(net, self._blocks)
@@ -132,7 +143,7 @@ class Transformers(Backbone):
         return self.layout.select(open_state(source))
 
     def peek(self, source: str) -> State:
-        return self.layout.select(open_headers(source))
+        return self.layout.select(open_headers(source), say=False)
 
     def outline(self) -> nn.Module:
         with torch.device("meta"):
@@ -141,16 +152,28 @@ class Transformers(Backbone):
     def differences(self, source: str) -> Iterator[str]:
         if not _has_config(source):
             return  # weights alone: their names and shapes are compared
-        ours, theirs = self.config, self.config_of(source)
-        if ours.model_type != theirs.model_type:
-            yield f"{source} is a {theirs.model_type}; `backbone.model` '{self.model}' is a {ours.model_type}."
-            return
+        whole = self.config_of(source)
+        ours, theirs = self.compared(self.config), self.compared(whole)
+        if ours.model_type != theirs.model_type:  # nothing else can be compared
+            raise InputError(
+                f"{source} is a {theirs.model_type}, `backbone.model` '{self.model}' a {ours.model_type}. Merge "
+                "fine-tunes of one model."
+            )
+        if getattr(whole, "quantization_config", None) is not None:
+            yield (
+                f"{source} is quantised, and quantised weights have no task vector. Name the checkpoint that it was "
+                "made from, or one that was dequantised."
+            )
         wrong = _differing(ours, theirs)
         if wrong:
             yield (
                 f"{source} is configured otherwise than `backbone.model` '{self.model}': {'; '.join(wrong[:4])}. "
                 "Merge fine-tunes of one model, or mend its config.json where it is wrong."
             )
+
+    def compared(self, config: Any) -> Any:
+        """The part of a configuration that says what is merged. Default: all of it."""
+        return config
 
     # --- export
 
@@ -223,6 +246,9 @@ class Classifier(Transformers):
 
     def head_problems(self, task: str, state: State, classes: Sequence[str]) -> Iterator[str]:
         name = f"{self.output}.weight"
+        inner = [each for each in self.layout.own if each not in state and not each.startswith(f"{self.output}.")]
+        if name in state and inner:
+            yield f"Task '{task}': {state.source} lacks {some(inner)} of its head; give one that was saved whole."
         if name not in state:
             yield f"Task '{task}': {state.source} has no head '{name}'; give an expert that was saved with its head."
         elif classes and state.meta(name)[0][0] != len(classes):
@@ -246,7 +272,7 @@ class Classifier(Transformers):
     def export(self, net: nn.Module, base: State, folder: Path, heads: Mapping[str, TaskModule]) -> None:
         writer = FolderWriter(self.layout, locate(self.model, weights=False))
         body = net.base_model if self.layout.body else net
-        writer.whole(net, folder, self.config, type(body).__name__)
+        writer.whole(net, folder, self.config, type(body).__name__, without=self.layout.own)
         for task, head in heads.items():
             assert isinstance(head, ClassifierHead)
             config = self._config()
@@ -271,7 +297,7 @@ class Classifier(Transformers):
         return {task: of(task) for task in tasks}
 
 
-def _tied_output(net: Any) -> nn.Module | None:
+def _tied_output(net: Any) -> nn.Linear | None:
     """The output layer, where its weight is that of the embeddings."""
     try:
         inner, output = net.get_input_embeddings(), net.get_output_embeddings()
@@ -284,15 +310,17 @@ def _tied_output(net: Any) -> nn.Module | None:
 def _has_config(source: str) -> bool:
     """Whether a source is more than weights: a hub id, or a folder with a configuration."""
     path = Path(source.removeprefix("local-dir:")).expanduser()
-    return (path / "config.json").is_file() if path.exists() else not source.endswith((".safetensors", ".pt", ".bin"))
+    return (path / "config.json").is_file() if path.exists() else not source.endswith((".safetensors", *PICKLES))
 
 
 def _differing(ours: Any, theirs: Any) -> list[str]:
-    """The options that make another network of two configurations of one kind."""
+    """The options that make another network of two configurations of one kind, as far as their class knows them."""
     from transformers import PretrainedConfig
 
+    known = set(type(ours)().to_dict())
     free = set(PretrainedConfig().to_dict()) - {"tie_word_embeddings"} | {"transformers_version", "_name_or_path"}
-    return list(_unequal(ours.to_dict(), theirs.to_dict(), free))
+    a, b = ({k: v for k, v in config.to_dict().items() if k in known} for config in (ours, theirs))
+    return list(_unequal(a, b, free))
 
 
 def _unequal(ours: Mapping[str, Any], theirs: Mapping[str, Any], free: set[str], prefix: str = "") -> Iterator[str]:

@@ -36,6 +36,15 @@ class TaskData(Recorded, ABC):
     def classes(self) -> Sequence[str]:
         """The C class names, in the order of the labels; none where they are not known."""
 
+    def peek(self, split: str) -> Sequence[str]:
+        """The class names, for which nothing large is fetched or read; and what is seen to be wrong with a split.
+
+        Raises:
+            MissingSplit: No such split.
+            InputError: The split or the classes cannot be had. Default: the classes alone are looked at.
+        """
+        return self.classes
+
     @abstractmethod
     def split(self, name: str) -> Dataset[Mapping[str, Any]]:
         """The samples of a split.
@@ -62,6 +71,10 @@ class TensorTask(TaskData):
     @property
     def classes(self) -> Sequence[str]:
         return self._classes
+
+    def peek(self, split: str) -> Sequence[str]:
+        self.split(split)
+        return self.classes
 
     def split(self, name: str) -> Dataset[Mapping[str, Any]]:
         if name not in self._splits:

@@ -64,7 +64,18 @@ class HFDataset(TaskData):
 
     @property
     def classes(self) -> Sequence[str]:
-        names = self._names(self._source.open(self._source.first))
+        return self._classes(self._source.open(self._source.first))
+
+    def peek(self, split: str) -> Sequence[str]:
+        found = self._source.peek(self._source.expression(split))
+        if found is not None:
+            columns = self._columns_of(found)
+            if len(found):
+                self._rows(found, columns)[0]
+        return self._classes(self._source.peek(self._source.first))
+
+    def _classes(self, opened: Any) -> Sequence[str]:
+        names = [] if opened is None else self._names(opened)
         if self._given is None:
             return names
         if names and len(names) != len(self._given):
@@ -75,6 +86,9 @@ class HFDataset(TaskData):
         opened = self._source.split(name)
         columns = self._columns_of(opened)
         self._check_order(name, opened)
+        return self._rows(opened, columns)
+
+    def _rows(self, opened: Any, columns: Mapping[str, str]) -> Rows:
         return Rows(opened.select_columns(list(columns.values())), columns, str(self._source), self._given or ())
 
     def _columns_of(self, opened: Any) -> dict[str, str]:

@@ -76,7 +76,26 @@ class ImageFolder(TaskData):
             raise InputError(f"There is no image folder at {where}.")
         return sorted(each.name for each in where.iterdir() if each.is_dir() and not each.name.startswith("."))
 
+    def peek(self, split: str) -> Sequence[str]:
+        folder, kinds = self._checked(split)
+        places = [folder.glob("*"), *((folder / kind).rglob("*") for kind in kinds)]
+        if not any(_images([file]) for place in places for file in place):
+            raise InputError(f"{folder} holds no images for the split '{split}'.")
+        return self.classes
+
     def split(self, name: str) -> Dataset[Mapping[str, Any]]:
+        folder, kinds = self._checked(name)
+        samples = [
+            (file, label) for label, kind in enumerate(kinds) for file in _images(sorted((folder / kind).rglob("*")))
+        ]
+        samples += [(file, UNLABELED) for file in _images(sorted(folder.glob("*")))]
+        unreadable = [str(file) for file, _ in samples if not _has_header(file)]
+        if unreadable:
+            raise InputError(f"Files that are no readable images: {some(unreadable)}. Remove or replace them.")
+        return _Files(samples)
+
+    def _checked(self, name: str) -> tuple[Path, list[str]]:
+        """A split's folder, and the class folders that number its labels."""
         folder, there = self._root / self._splits.get(name, name), self._folders(self._root)
         if not folder.is_dir():
             raise MissingSplit(f"{self._root} has no folder '{folder.name}' for the split '{name}'; it has {there}.")
@@ -87,14 +106,7 @@ class ImageFolder(TaskData):
                 f"The split '{name}' in {folder} has class folders that '{first}' lacks: {some(strange)}. Labels are "
                 f"numbered by the folders of '{first}': add these there, empty if need be, or move them away."
             )
-        samples = [
-            (file, label) for label, kind in enumerate(kinds) for file in _images(sorted((folder / kind).rglob("*")))
-        ]
-        samples += [(file, UNLABELED) for file in _images(sorted(folder.glob("*")))]
-        unreadable = [str(file) for file, _ in samples if not _has_header(file)]
-        if unreadable:
-            raise InputError(f"Files that are no readable images: {some(unreadable)}. Remove or replace them.")
-        return _Files(samples)
+        return folder, kinds
 
 
 def _images(files: Sequence[Path]) -> list[Path]:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -61,14 +61,29 @@ class Source:
             MissingSplit: No such split.
             InputError: It cannot be read.
         """
+        return self.open(self.expression(name))
+
+    def expression(self, name: str) -> str:
+        """What stands for a split by the name that the run calls it."""
         whole = isinstance(self._path, str) and self._folder().is_file() and name not in self._splits
-        return self.open("train" if whole else self._splits.get(name, name))
+        return "train" if whole else self._splits.get(name, name)
 
     def open(self, expression: str) -> Any:
         """The samples that an expression as `train[80%:]` stands for, as a `datasets.Dataset`."""
-        if expression not in self._opened:
+        return self._kept(expression, self._load)
+
+    def peek(self, expression: str) -> Any:
+        """Of the samples that an expression stands for the first or more, as a `datasets.Dataset`.
+
+        Of the hub's it is empty, with columns and types alone; None where even these are not described there.
+        """
+        return self._opened.get(expression) or self._kept(f"{expression} peeked", lambda _: self._peek(expression))
+
+    def _kept(self, key: str, load: Callable[[str], Any]) -> Any:
+        if key not in self._opened:
+            expression = key.removesuffix(" peeked")
             try:
-                self._opened[expression] = self._load(expression)
+                self._opened[key] = load(expression)
             except InputError:
                 raise
             except Exception as error:  # `datasets` and the hub raise what they like
@@ -78,20 +93,38 @@ class Source:
                     f"The split '{expression}' of the data set '{self}' cannot be opened: {reason}. Check the path or "
                     "hub id, the split's name, and the network."
                 ) from error
-        return self._opened[expression]
+        return self._opened[key]
 
     def _folder(self) -> Path:
         assert isinstance(self._path, str)
         return locate(self._path) if self._path.startswith("demo:") else Path(self._path).expanduser()
 
-    def _load(self, expression: str) -> Any:
+    def _peek(self, expression: str) -> Any:
         import datasets
 
+        name = expression.partition("[")[0]
+        if isinstance(self._path, Mapping) or self._folder().exists() or _suffix(Path(self._path)) in _READERS:
+            found = self._load(name, stream=1)
+            if len(found) == 0:
+                raise InputError(f"The split '{name}' of the data set '{self}' has no samples.")
+            return found
+        with hub_or_cache():
+            info = datasets.load_dataset_builder(self._path, name=self._name, revision=self._revision).info
+        if info.splits and name not in info.splits:
+            raise MissingSplit(f"The data set '{self}' has no split '{name}'; it has {', '.join(info.splits)}.")
+        if info.features is None:
+            return None
+        return datasets.Dataset.from_dict({column: [] for column in info.features}, features=info.features)
+
+    def _load(self, expression: str, stream: int | None = None) -> Any:
+        import datasets
+
+        stream = stream or self._stream
         name, _, part = expression.partition("[")
         if isinstance(self._path, Mapping):
             if name not in self._path:
                 raise MissingSplit(f"There is no split '{name}'; `path` has a file for {', '.join(self._path)}.")
-            return self._read(_file_options(Path(self._path[name]), name), expression)
+            return self._read(_file_options(Path(self._path[name]), name), expression, stream)
         folder = self._folder()
         if (folder / "dataset_dict.json").exists():
             there = json.loads((folder / "dataset_dict.json").read_text())["splits"]
@@ -102,26 +135,26 @@ class Source:
             if part:
                 (piece,) = datasets.ReadInstruction.from_spec(expression).to_absolute({name: len(whole)})
                 start, stop = piece.from_ or 0, stop if piece.to is None else piece.to
-            stop = stop if self._stream is None else min(stop, start + self._stream)
+            stop = stop if stream is None else min(stop, start + stream)
             return whole if (start, stop) == (0, len(whole)) else whole.select(range(start, stop))
         if (folder / "state.json").exists():
             raise InputError(f"{folder} is one split of a data set; name the folder above it.")
         if folder.is_file():
-            return self._read(_file_options(folder, "train"), expression)
+            return self._read(_file_options(folder, "train"), expression, stream)
         if not folder.exists() and _suffix(folder) in _READERS:
             raise InputError(f"There is no file {folder}.")
-        return self._read({"path": str(folder) if folder.exists() else self._path}, expression)
+        return self._read({"path": str(folder) if folder.exists() else self._path}, expression, stream)
 
-    def _read(self, options: Mapping[str, Any], expression: str) -> Any:
+    def _read(self, options: Mapping[str, Any], expression: str, stream: int | None) -> Any:
         import datasets
 
         options = {**options, "name": self._name, "revision": self._revision, "split": expression}
         with hub_or_cache():
-            if self._stream is None:
+            if stream is None:
                 return datasets.load_dataset(**options)
             if "[" in expression:
                 raise InputError(f"A stream cannot be cut as `splits` says, '{expression}'; name a whole split.")
-            return _taken(datasets.load_dataset(**options, streaming=True), self._stream)
+            return _taken(datasets.load_dataset(**options, streaming=True), stream)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": {}}
