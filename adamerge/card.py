@@ -16,6 +16,13 @@ _TERMS = {
     r"-sa\b|-sa-|gpl": "changed versions, which a merge is, keep these terms",
     r"llama|gemma|openrail|^other$|falcon|deepseek|apple": "it has terms of its own: read them",
 }
+_TASK_TYPES = {
+    "TextClassifier": "text-classification",
+    "TokenClassifier": "token-classification",
+    "Seq2Seq": "text-generation",
+    "SentenceEncoder": "sentence-similarity",
+    **dict.fromkeys(("ImageClassifier", "CLIP", "OpenCLIP"), "image-classification"),
+}
 
 
 def model_card(
@@ -38,7 +45,8 @@ def model_card(
         licences: By source, as the record names it (`base`, `expert TASK`) or by its hub id: the licence as the hub
             names it, None where it is unknown. What is not in here is unknown.
         library_name: What loads the model, as the hub names it.
-        task_type: As the hub names it; by default told from the data where they are images or texts.
+        task_type: As the hub names it; by default told from the backbone, or else from the data where they are images
+            or texts.
         files: What the files are, as Markdown.
         load: How to load the model: Python, or Markdown with code blocks of its own.
     """
@@ -196,7 +204,7 @@ def _results(record: Mapping[str, Any], scores: Mapping[str, float], task_type: 
         seen.add((kind, config))
         results.append(
             EvalResult(
-                task_type=task_type or _task_type(given),
+                task_type=task_type or _task_type(given, _class(record.get("backbone"))),
                 dataset_type=kind,
                 dataset_name=task,
                 dataset_config=config,
@@ -209,7 +217,10 @@ def _results(record: Mapping[str, Any], scores: Mapping[str, float], task_type: 
     return results
 
 
-def _task_type(data: Any) -> str:
+def _task_type(data: Any, backbone: str) -> str:
+    known = _TASK_TYPES.get(backbone.rpartition(".")[2])
+    if known:
+        return known
     path = _class(data).lower()
     if "image" in path or "hfdataset" in path:
         return "image-classification"

@@ -13,6 +13,7 @@ from adamerge.backbones.base import to_device
 from adamerge.merged import MergedModel
 from adamerge.multitask import MultiTaskModel
 from adamerge.rules import TaskWise
+from adamerge.task_modules import AsIs
 from adamerge.task_vectors import TaskVectors
 from adamerge.transforms import ElectSign, Trim
 from adamerge.types import UNLABELED, Batch, InputError, some
@@ -85,9 +86,12 @@ def classes_of(model: MultiTaskModel, known: Mapping[str, int], tasks: Sequence[
     """C of some tasks: as many as their heads give logits, else as many as the data name.
 
     Raises:
-        InputError: Neither is known.
+        InputError: Neither is known, or a task's features are embeddings that no classes are told from.
     """
-    found = {task: model.chain(task)[-1].num_classes or known.get(task, 0) for task in tasks}
+    heads = {task: model.chain(task)[-1] for task in tasks}
+    found = {
+        task: head.num_classes or (0 if isinstance(head, AsIs) else known.get(task, 0)) for task, head in heads.items()
+    }
     unknown = [task for task, number in found.items() if not number]
     if unknown:
         raise InputError(

@@ -45,7 +45,9 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "distilbert": lambda: transformers.DistilBertConfig(
         dim=16, n_layers=2, n_heads=2, hidden_dim=32, vocab_size=21, max_position_embeddings=LENGTH
     ),
-    "roberta": lambda: transformers.RobertaConfig(**{**_TEXT, "max_position_embeddings": LENGTH + 2}, type_vocab_size=1),
+    "roberta": lambda: transformers.RobertaConfig(
+        **{**_TEXT, "max_position_embeddings": LENGTH + 1}, type_vocab_size=1
+    ),
     "deberta": lambda: transformers.DebertaV2Config(**_TEXT),
     "qwen2": lambda: transformers.Qwen2Config(**_TEXT, num_key_value_heads=2),
     "gpt2": lambda: transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=21, n_positions=LENGTH),

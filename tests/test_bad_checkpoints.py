@@ -449,3 +449,13 @@ def test_heavily_trained_experts_descend_from_their_base(how, pool, tmp_path):
 
 def test_experts_of_the_demo_descend_from_its_base():
     checked("configs/digits.yaml", deep=True)
+
+
+def test_a_head_that_is_not_a_number(tmp_path):
+    """The head is no part of what is merged, and is looked at where it is made."""
+    from adamerge.task_modules import LinearHead
+    from adamerge.types import TaskInfo
+
+    state = {"head.weight": torch.full((2, 3), torch.nan)}
+    with pytest.raises(InputError, match=r"The head of task 'a' .* holds NaN or Inf"):
+        LinearHead(TaskInfo("a", expert=state))

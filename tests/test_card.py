@@ -91,6 +91,23 @@ def test_the_front_matter_is_read_back():
     assert (cars.dataset_type, cars.metric_type, cars.metric_name) == ("cars", "accuracy", "Accuracy")
 
 
+@pytest.mark.parametrize(
+    ("backbone", "task_type"),
+    [
+        ("TextClassifier", "text-classification"),
+        ("TokenClassifier", "token-classification"),
+        ("Seq2Seq", "text-generation"),
+        ("SentenceEncoder", "sentence-similarity"),
+        ("ImageClassifier", "image-classification"),
+        ("CLIP", "image-classification"),
+        ("Module", "image-classification"),  # as the data are taken for
+    ],
+)
+def test_the_kind_of_task_is_the_backbones(backbone, task_type):
+    card = card_of(record_of(backbone={"class_path": f"adamerge.backbones.{backbone}", "init_args": {}}))
+    assert {result.task_type for result in card.data.eval_results} == {task_type}
+
+
 def test_the_text_says_what_was_done():
     text = card_of().text
     for line in (

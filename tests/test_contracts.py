@@ -9,7 +9,6 @@ from torch.autograd import gradcheck
 
 from adamerge.deltas import DenseDeltas
 from adamerge.learnables import labels_of, load_state, state_of
-from adamerge.task_modules import ZeroShotHead
 from adamerge.types import TaskInfo, TaskOutput
 from tests.contracts import OBJECTIVES, RULES, TASK_MODULES, TRANSFORMS
 from tests.tiny import CLASSES, TASKS, Net, TiedNet, batches_of, merged_of, vectors_of

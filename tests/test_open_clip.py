@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from adamerge.backbones import open_clip as open_clip_backbone
 from adamerge.backbones import OpenCLIP
+from adamerge.backbones import open_clip as open_clip_backbone
 from adamerge.recipe import Recipe
 from adamerge.types import InputError
 from tests.clips import CLASSES, MODEL, PREPROCESS, write_clip, write_clips
@@ -127,9 +127,7 @@ def test_heads_are_made_once_and_again_for_other_names(clips, tmp_path, monkeypa
     backbone = recipe_of(clips).backbone
     made = []
     embed = open_clip_backbone._embedded
-    monkeypatch.setattr(
-        open_clip_backbone, "_embedded", lambda *rest: (made.append(len(rest[2])), embed(*rest))[1]
-    )
+    monkeypatch.setattr(open_clip_backbone, "_embedded", lambda *rest: (made.append(len(rest[2])), embed(*rest))[1])
     for expected in ([2, 3], []):
         made.clear()
         recipe_of(clips).open(CLASSES)

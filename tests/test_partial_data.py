@@ -14,6 +14,7 @@ from adamerge.module import AdaMerge
 from adamerge.objectives import Entropy, Supervised
 from adamerge.report import accuracy_bars, score_table
 from adamerge.rescore import rescore
+from adamerge.task_modules import AsIs
 from adamerge.types import InputError, TaskInfo
 from tests.test_bad_input import Bare, objective
 from tests.tiny import CLASSES, INPUT, TASKS, Shift, Tiny, data_of, merged_of, vectors_of
@@ -162,6 +163,11 @@ def test_the_number_of_classes_is_the_heads():
     assert classes_of(model, {"a": 7}, ("a",)) == {"a": 7}
     with pytest.raises(InputError, match=r"How many classes 1 \(a\) have is not known: list them in the `classes` of"):
         classes_of(model, {}, ("a", "c"))
+    model.task_modules[0].append(AsIs(TaskInfo("a")))  # embeddings
+    with pytest.raises(InputError, match=r"How many classes 1 \(a\) have is not known: .*`data.eval_split` null"):
+        classes_of(model, {"a": 7}, ("a", "c"))
+    model.task_modules[0].append(AsIs(TaskInfo("a"), 9))  # logits
+    assert classes_of(model, {"a": 7}, ("a",)) == {"a": 9}
 
 
 # --- labels to learn from

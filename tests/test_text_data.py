@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from adamerge.data import HFDataset, MissingSplit, StepStream, UnlabeledTasks
 from adamerge.data.order import by_length
+from adamerge.data.rows import first_blank, is_blank
 from adamerge.types import InputError
 
 ROWS = [
@@ -115,7 +116,7 @@ def test_every_entry_is_read_under_its_name(tmp_path):
     pairs = HFDataset(write(tmp_path / "b.jsonl", [{"question": "q", "answer": "a"}]),
                       columns={"text": "question", "positive": "answer"})  # fmt: skip
     assert samples_of(pairs.split("train")) == [{"text": "q", "positive": "a"}]
-    written = HFDataset(write(tmp_path / "c.jsonl", [{"text": "q", "target": "a"}, {"text": "r", "target": None}]))
+    written = HFDataset(write(tmp_path / "c.jsonl", [{"text": "q", "target": "a"}, {"text": "r", "target": ""}]))
     assert samples_of(written.split("train")) == [{"text": "q", "target": "a"}, {"text": "r", "target": ""}]
     assert written.split("train").labelled
     assert samples_of(HFDataset(write(tmp_path / "d.jsonl", [{"text": "x"}])).split("train")) == [
@@ -195,6 +196,112 @@ def test_names_may_stand_in_a_file(tmp_path):
     data = HFDataset(write(tmp_path / "a.jsonl", ROWS), classes=str(tmp_path / "names.txt"))
     assert data.classes == data._arguments["classes"] == ["bad", "good"]
     assert data.split("train")[1]["label"] == 1
+
+
+@pytest.mark.parametrize("entry", ["target", "positive"])
+def test_a_null_is_nothing_to_learn_from(tmp_path, entry):
+    none = HFDataset(write(tmp_path / "none.jsonl", 2 * [{"text": "q", entry: None}])).split("train")
+    assert samples_of(none) == 2 * [{"text": "q", "label": -100}]
+    assert not none.labelled
+    some = write(tmp_path / "some.jsonl", [{"text": "q", entry: "a"}, {"text": "r", entry: None}])
+    said = rf"Sample 1 of .* has no {entry}; leave such samples out, or fill it\."
+    with pytest.raises(InputError, match=said):
+        HFDataset(some).split("train")
+    assert samples_of(HFDataset(some, splits={"train": "train[:1]"}).split("train")) == [{"text": "q", entry: "a"}]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.csv.gz", "a.jsonl", "a.parquet"])
+def test_whole_numbers_among_blanks_are_labels(tmp_path, name):
+    rows = [{"text": "a", "label": 1.0}, {"text": "b", "label": None}, {"text": "c", "label": 0.0}]
+    split = HFDataset(write(tmp_path / name, rows), classes=["x", "y"]).split("train")
+    assert [sample["label"] for sample in samples_of(split)] == [1, -100, 0]
+    assert all(type(sample["label"]) is int for sample in samples_of(split))
+    assert split.labelled
+    blank = HFDataset(write(tmp_path / f"b{name[1:]}", [{"text": "a", "label": "x"}, {"text": "b", "label": ""}]),
+                      classes=["x"])  # fmt: skip
+    assert [sample["label"] for sample in samples_of(blank.split("train"))] == [0, -100]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+@pytest.mark.parametrize("folder", [False, True])
+def test_texts_that_read_as_nothing_stay_texts(tmp_path, name, folder):
+    (tmp_path / "data").mkdir()
+    texts = ["nan", "NA", "None", "null", "N/A"]
+    rows = [{"text": text, "pair": pair, "label": 1} for text, pair in zip(texts, ["", *texts[1:]], strict=True)]
+    file = write(tmp_path / "data" / name, rows)
+    split = HFDataset(str(tmp_path / "data") if folder else file).split("train")
+    assert [sample["text"] for sample in samples_of(split)] == texts
+    assert [sample["pair"] for sample in samples_of(split)] == ["", *texts[1:]]
+
+
+def test_what_cannot_be_drawn_is_said_at_once(tmp_path):
+    def opened(name, rows, **options):
+        return HFDataset(write(tmp_path / name, rows), **options).split("train")
+
+    texts = [{"text": text, "label": 1} for text in ("a", "b", None, "d")]
+    with pytest.raises(InputError, match=r"Sample 2 of .* has no text; leave it out"):
+        opened("a.jsonl", texts)
+    assert len(opened("a.jsonl", texts, splits={"train": "train[:2]+train[3:]"})) == 3
+    with pytest.raises(InputError, match=r"Sample 1 of .* has no words; leave it out"):
+        opened("b.jsonl", [{"words": ["a"]}, {"words": None}])
+    names = {"classes": ["bad", "good"]}
+    for file, wrong, said in [
+        ("c.jsonl", ["bad", None, "odd"], r"Sample 2 of .* is labelled 'odd', which is not in `classes`"),
+        ("d.jsonl", [1, -1, 2], r"Sample 2 of .* is labelled 2, but the 2 `classes` are numbered from 0 on: .*; list"),
+        ("e.csv", [1.0, None, 2.0], r"Sample 2 of .* is labelled 2, but the 2 `classes`"),
+        ("f.csv", [1.0, None, 0.5], r"Sample 2 of .* is labelled 0\.5; labels are whole numbers"),
+    ]:
+        rows = [{"text": "a", "label": label} for label in wrong]
+        with pytest.raises(InputError, match=said):
+            opened(file, rows, **names)
+        assert len(opened(file, rows, splits={"train": "train[:2]"}, **names)) == 2
+    words = [{"words": ["a"], "label": ["bad"]}, {"words": ["a", "b"], "label": ["good", "odd"]}]
+    with pytest.raises(InputError, match=r"Sample 1 of .* is labelled 'odd', which is not in `classes`"):
+        opened("g.jsonl", words, **names)
+
+
+def test_rows_that_were_reordered_are_looked_at_in_their_order(tmp_path):
+    rows = datasets.Dataset.from_dict({"text": ["a", None, "c"], "label": [0, 1, 2]})
+    for name, order, said in [("one", [2, 0, 1], "Sample 2 of"), ("two", [2, 0], None), ("three", [0, 2], None)]:
+        datasets.DatasetDict(train=rows.select(order)).save_to_disk(str(tmp_path / name))
+        data = HFDataset(str(tmp_path / name))
+        if said:
+            with pytest.raises(InputError, match=rf"{said} .* has no text"):
+                data.split("train")
+        else:
+            assert len(data.split("train")) == 2
+    mapped = rows.select([2, 0, 1])
+    assert mapped._indices is not None
+    assert (first_blank(mapped, "text"), first_blank(rows, "text"), first_blank(mapped, "label")) == (2, 1, None)
+    assert first_blank(rows.select([2, 0]), "text") is None
+    assert is_blank(rows.select([1, 1]), "text")
+    assert not is_blank(rows, "text")
+
+
+@pytest.mark.parametrize("entry", ["label", "target"])
+def test_a_column_that_no_split_has_is_an_error(tmp_path, entry):
+    path = {"unlabeled": write(tmp_path / "a.jsonl", [{"text": "a"}]),
+            "test": write(tmp_path / "b.jsonl", [{"text": "a", "said": "1"}])}  # fmt: skip
+    with pytest.raises(InputError, match=r"has no column siad, which `columns` names; it has text"):
+        HFDataset(path, columns={entry: "siad"}).split("unlabeled")
+    data = HFDataset(path, columns={entry: "said"})
+    assert samples_of(data.split("unlabeled")) == [{"text": "a", "label": -100}]
+    assert data.split("test").labelled
+    with pytest.raises(InputError, match=r"has no column siad"):
+        HFDataset(path["test"], columns={entry: "siad"}).peek("test")
+
+
+def test_nothing_there_is_said(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_text("")
+    with pytest.raises(InputError, match=r"The file .*a\.jsonl is empty; write samples into it"):
+        HFDataset("a.jsonl").split("train")
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt"):
+        pass
+    with pytest.raises(InputError, match=r"cannot be opened: it is empty\. Check"):
+        HFDataset("b.jsonl.gz").split("train")
+    with pytest.raises(InputError, match=r"and the network\. There is no folder or file 'd/nope' here either\.$"):
+        HFDataset("d/nope").split("train")
 
 
 def test_what_is_labelled_is_known(tmp_path):

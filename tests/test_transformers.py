@@ -5,11 +5,13 @@ import shutil
 import pytest
 import torch
 import transformers
+from PIL import Image
 
 import adamerge
 import adamerge.loops
 from adamerge import Recipe, UnlabeledTasks, backbones
 from adamerge.objectives import Entropy, FeatureDistillation
+from adamerge.types import InputError
 from tests.checkpoints_hf import CLASSES, Pictures, Texts, rename, shard, write
 
 QUIET = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False, "max_steps": 2}
@@ -21,7 +23,8 @@ KINDS = {
     **{k: {**TEXTS, "kind": k} for k in ("bert", "distilbert", "roberta", "deberta", "qwen2", "gpt2", "bart")},
     "pairs": {**TEXTS, "kind": "bert", "samples": {"more": "pair"}},
     "clip": {"kind": "clip", "auto": "AutoModel", "backbone": "CLIP", "data": Pictures},
-    "clip vision": {"kind": "clip", "auto": "CLIPVisionModel", "base": "AutoModel", "backbone": "CLIP", "data": Pictures},
+    "clip vision": {"kind": "clip", "auto": "CLIPVisionModel", "base": "AutoModel", "backbone": "CLIP",
+                    "data": Pictures},
     "clip classifier": {**PICTURES, "kind": "clip"},
     "tokens": {"kind": "bert", "auto": "AutoModelForTokenClassification", "backbone": "TokenClassifier", "data": Texts,
                "samples": {"more": "words"}},
@@ -141,3 +144,59 @@ def test_the_card_of_an_export_loads_it_without_us(name, pools, tmp_path, capsys
     assert said.strip()
     if name in ("bert", "vit", "clip"):
         assert any(label in said for label in CLASSES["a"])
+
+
+@pytest.mark.parametrize("name", ["clip", "clip vision"])
+def test_a_clip_is_merged_as_by_hand(name, pools, tmp_path):
+    """The projection too where experts have one; it stays the base's where none has."""
+    paths = pools(name)
+    run = train(paths, name, tmp_path / "runs")
+    load = transformers.CLIPModel.from_pretrained
+    base, whole = load(paths["base"]), load(paths["base"])
+    kind = load if name == "clip" else transformers.CLIPVisionModel.from_pretrained
+    experts = {task: kind(paths[task]).state_dict() for task in CLASSES}
+    weights = dict(run.learned.weights())
+    assert ("visual_projection.weight" in weights) == (name == "clip")
+    rule, space = run.learned.rule, run.learned.vectors.space
+    with torch.no_grad():
+        for key, tensor in base.state_dict().items():
+            found = next((k for k in weights if k == key), None)
+            if found is not None:
+                moved = [next(v for k, v in state.items() if k == key or key.endswith(f".{k}")) - tensor
+                         for state in experts.values()]  # fmt: skip
+                coef_T = rule.raw_TG[:, space.group_of[found]]
+                merged = tensor + sum(c * tau for c, tau in zip(coef_T, moved, strict=True))
+                torch.testing.assert_close(weights[found], merged, rtol=1e-5, atol=1e-6)
+                whole.state_dict()[key].copy_(merged)
+        batch = run.merge.prepare(Pictures("a").split("test")[:3])
+        pixels = run.merge.backbone.inputs(batch)
+        found = whole.eval().get_image_features(**pixels)
+        expected = getattr(found, "pooler_output", found)
+        torch.testing.assert_close(run.merge.features(batch), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_base_without_a_tokenizer_is_refused(pools, tmp_path):
+    paths = {name: tmp_path / "pool" / name for name in ("base", *CLASSES)}
+    shutil.copytree(pools("bert")["base"].parent, tmp_path / "pool")
+    for file in paths["base"].glob("token*"):
+        file.unlink()
+    with pytest.raises(InputError, match=r"has no tokenizer; put the files of its own there"):
+        train(paths, "bert", tmp_path / "runs")
+
+
+def test_positions_that_are_not_for_tokens_do_not_count(pools):
+    backbone = backbones.TextClassifier(str(pools("roberta")["base"]))
+    backbone.tokenizer.model_max_length = 10**30
+    assert backbone.length == 16
+    assert backbone.prepare({"text": "ant " * 99})["input_ids"].shape == (16,)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "L", "RGBA", "P"])
+def test_pictures_of_any_mode_are_what_the_processor_makes_of_them(mode, pools):
+    backbone = backbones.ImageClassifier(str(pools("vit")["base"]))
+    grey = torch.arange(256, dtype=torch.uint8).view(16, 16).numpy()
+    picture = Image.fromarray(grey).convert(mode) if mode != "I;16" else Image.fromarray(grey.astype("uint16") << 8)
+    found = backbone.inputs({"pixel_values": backbone.prepare({"image": picture})["pixel_values"][None]})
+    plain = Image.fromarray(grey) if mode == "I;16" else picture
+    expected = torch.as_tensor(backbone.processor(plain.convert("RGB"))["pixel_values"][0])
+    torch.testing.assert_close(found["pixel_values"][0], expected.float(), rtol=0, atol=1e-5)

@@ -12,14 +12,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from adamerge.backbones.explained import explained
-from adamerge.backbones.folder import FolderWriter
+from adamerge.backbones.folder import TOKENIZER, FolderWriter
 from adamerge.backbones.layout import Layout
 from adamerge.backbones.pixels import ImageInput
 from adamerge.backbones.prompts import Embed, check_prompts, head_of, kept_heads, prompts_of
 from adamerge.backbones.transformers import Transformers
 from adamerge.checkpoints import State, locate
+from adamerge.files import sha256
 from adamerge.task_modules import TaskModule
-from adamerge.types import Batch, TaskInfo
+from adamerge.types import Batch, InputError, TaskInfo
 
 
 class CLIP(ImageInput, Transformers):
@@ -62,13 +63,22 @@ class CLIP(ImageInput, Transformers):
     # --- the network
 
     def build(self) -> nn.Module:
+        if not hasattr(self.config, "vision_config") or not hasattr(self.config, "text_config"):
+            raise InputError(
+                f"'{self.model}' is a {self.config.model_type}, which has no vision and text tower; name a whole CLIP "
+                "in `backbone.model`, or choose another backbone."
+            )
         return Tower(self._make(self._config())).eval()
 
     @cached_property
     def layout(self) -> Layout:
         with torch.device("meta"):
+            self.build()  # says what it is not
             whole = self._make(self._config())
         return Layout.of(whole).part(set(Tower(whole).state_dict()), "vision_model.")
+
+    def own(self, base: State) -> Mapping[str, str]:
+        return {}  # the projection stands beside the tower, and is merged with it
 
     def spare(self, name: str) -> bool:
         return name.startswith("visual_projection.")
@@ -92,6 +102,8 @@ class CLIP(ImageInput, Transformers):
         base = tasks[0].base
         assert isinstance(base, State)
         made_of = [base.sha256(), self._config().to_json_string(), type(self).__name__]
+        folder = locate(self.model, weights=False)
+        made_of += [[f.name, sha256(f)] for f in sorted({f for pattern in TOKENIZER for f in folder.glob(pattern)})]
 
         def embedder() -> Embed:
             clip = self._loaded(base)

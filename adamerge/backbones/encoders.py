@@ -1,5 +1,6 @@
 """Sentence encoders and sequence-to-sequence networks of transformers."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -143,6 +144,8 @@ class Seq2Seq(TextInput, Transformers):
         super().__init__(model, attention=attention, remote_code=remote_code, blocks=blocks)
         self._templates, self._max_length, self._max_target = templates, max_length, max_target
         prompts = list(templates.values()) if isinstance(templates, Mapping) else [templates]
+        if max_target < 1:
+            raise InputError(f"`backbone.max_target` is {max_target}; it is a number of tokens, at least 1.")
         wrong = [prompt for prompt in prompts if "{text}" not in prompt]
         if wrong:
             raise InputError(f"`backbone.templates` need {{text}} for the sample's text; '{wrong[0]}' has none.")
@@ -173,7 +176,8 @@ class Seq2Seq(TextInput, Transformers):
             raise InputError("The task's template has a place for a `pair`, its samples have none; see `columns`.")
         text = sample.get("text")
         if isinstance(text, str):
-            text = template.replace("{text}", text).replace("{pair}", str(sample.get("pair")))
+            parts = {"{text}": text, "{pair}": str(sample.get("pair"))}
+            text = re.sub(r"\{text\}|\{pair\}", lambda found: parts[found[0]], template)
         made = dict(super().prepare({**sample, "text": text, "pair": None}))
         if not isinstance(sample.get("target"), str):
             return made

@@ -7,13 +7,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from adamerge.backbones.base import Backbone
 from adamerge.backbones.clip_source import CONFIG, WEIGHTS, ClipSource, lasting
+from adamerge.backbones.pixels import eight_bits
 from adamerge.backbones.prompts import Embed, check_prompts, head_of, kept_heads, prompts_of
 from adamerge.blocks import block_names
 from adamerge.checkpoints import State
@@ -82,7 +82,7 @@ class OpenCLIP(Backbone):
         image = sample.get(self._input)
         if image is None or isinstance(image, Tensor):
             return sample
-        return {**sample, self._input: self._resize(_eight_bits(image))}
+        return {**sample, self._input: self._resize(eight_bits(image))}
 
     @cached_property
     def _resize(self) -> Callable[[Any], Tensor]:
@@ -216,14 +216,3 @@ def _embedded(clip: Any, tokenize: Any, classes: Sequence[str], templates: Seque
     bias = torch.zeros(()) if bias is None else bias
     head = {"weight": weight_DC.T.contiguous(), "scale": scale.reshape(()), "bias": bias.reshape(())}
     return {name: tensor.float().clone() for name, tensor in head.items()}
-
-
-def _eight_bits(image: Any) -> Any:
-    """A PIL image with 16 bits a channel as one with 8; PIL itself would cut all values at 255."""
-    if image.mode.startswith("I;16"):
-        from PIL import Image
-
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise InputError(f"An image is of mode {image.mode}, 32-bit numbers of no fixed range; save it with 8 bits.")
-    return image

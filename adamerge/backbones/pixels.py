@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from adamerge.backbones.explained import explained
@@ -20,6 +21,7 @@ else:
     _Base = object
 
 PIXELS = "pixel_values"
+_PLAIN = {"do_rescale": False, "do_normalize": False}  # asks a processor for bytes
 
 
 class ImageInput(_Base):
@@ -52,20 +54,32 @@ class ImageInput(_Base):
                 "the `image`."
             )
         rest = {"label": sample["label"]} if "label" in sample else {}
-        return {PIXELS: image if isinstance(image, Tensor) else self._pixels(image.convert("RGB")), **rest}
+        return {PIXELS: image if isinstance(image, Tensor) else self._pixels(image), **rest}
 
     def _pixels(self, image: Any) -> Tensor:
-        raw = torch.as_tensor(np.asarray(self.processor(image, **self._plain)[PIXELS][0]))
-        if self._plain and not bool((raw == raw.round()).all()):  # not the bytes that were asked for
-            raw = torch.as_tensor(np.asarray(self.processor(image)[PIXELS][0]))
-            return raw.float()
-        return raw.clamp(0, 255).to(torch.uint8) if self._plain else raw.float()
+        image = eight_bits(image).convert("L" if self._channels == 1 else "RGB")
+        return self._processed(image, **_PLAIN).to(torch.uint8) if self._takes_bytes else self._processed(image).float()
+
+    def _processed(self, image: Any, **options: bool) -> Tensor:
+        return torch.as_tensor(np.asarray(self.processor(image, **options)[PIXELS][0]))
 
     @cached_property
-    def _plain(self) -> dict[str, bool]:
-        """How the processor is asked for bytes, where it would scale and normalise as `inputs` does."""
-        usual = getattr(self.processor, "do_rescale", False) and getattr(self.processor, "do_normalize", False)
-        return {"do_rescale": False, "do_normalize": False} if usual else {}
+    def _takes_bytes(self) -> bool:
+        """Whether bytes, scaled and normalised by `inputs`, are what the processor makes of a picture; seen on one."""
+        values = np.random.RandomState(0).randint(0, 256, (64, 48, 3)).astype(np.uint8)
+        picture = Image.fromarray(values).convert("L" if self._channels == 1 else "RGB")
+        whole = self._processed(picture).float()
+        try:
+            plain = self._processed(picture, **_PLAIN)
+            found = self.inputs({PIXELS: plain.to(torch.uint8)[None]})[PIXELS][0]
+        except Exception:  # a processor of its own kind: what it makes of a picture is taken as it is
+            return False
+        same = bool((plain == plain.to(torch.uint8)).all()) and found.shape == whole.shape
+        return same and torch.allclose(found, whole, atol=1e-4)
+
+    @property
+    def _channels(self) -> int:
+        return int(getattr(getattr(self.config, "vision_config", self.config), "num_channels", 3))
 
     @cached_property
     def _scale(self) -> tuple[float, Tensor, Tensor]:
@@ -92,4 +106,17 @@ class ImageInput(_Base):
         size = getattr(config, "image_size", 224)
         shape = (size, size) if isinstance(size, int) else tuple(size)
         generator = torch.Generator().manual_seed(0)
-        return {PIXELS: torch.randn(number, getattr(config, "num_channels", 3), *shape, generator=generator)}
+        return {PIXELS: torch.randn(number, self._channels, *shape, generator=generator)}
+
+
+def eight_bits(image: Any) -> Any:
+    """A PIL image with 16 bits a channel as one with 8; PIL itself would cut all values at 255.
+
+    Raises:
+        InputError: Numbers of no fixed range.
+    """
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise InputError(f"An image is of mode {image.mode}, 32-bit numbers of no fixed range; save it with 8 bits.")
+    return image

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,11 +42,24 @@ class TextInput(_Base):
         Raises:
             InputError: There is none.
         """
+        if not self._tokenizer_files(self.model):  # the library would make one up, without words
+            raise InputError(
+                f"'{self.model}' has no tokenizer; put the files of its own there (`tokenizer.save_pretrained`), or "
+                "name a folder or hub id in `backbone.model` that has them."
+            )
         with explained(f"The tokenizer of '{self.model}' cannot be had"):
             made = self._tokenizer(self.model)
         if made.pad_token_id is None:
-            made.pad_token = made.eos_token
+            made.pad_token = made.eos_token or made.unk_token
+        if made.pad_token_id is None:
+            raise InputError(f"The tokenizer of '{self.model}' has no token to pad with; give it a `pad_token`.")
         return made
+
+    def _tokenizer_files(self, source: str) -> list[Path]:
+        """The files that a tokenizer is made of; none where there are settings alone."""
+        folder = locate(source, weights=False)
+        files = sorted({file for pattern in TOKENIZER for file in folder.glob(pattern)}) if folder.is_dir() else []
+        return [] if all(file.name.endswith(("_config.json", "_map.json")) for file in files) else files
 
     def _tokenizer(self, source: str) -> Any:
         from transformers import AutoTokenizer
@@ -55,14 +69,25 @@ class TextInput(_Base):
     @cached_property
     def length(self) -> int:
         """The most tokens of a sample: as asked for, or as many as tokenizer and network allow."""
-        limits = [self.tokenizer.model_max_length, getattr(self.config, "max_position_embeddings", None)]
+        limits = [self.tokenizer.model_max_length, self._positions]
         bounded = [limit for limit in limits if limit is not None and 0 < limit < _UNBOUNDED]
         most = min(bounded, default=_LONGEST)
+        if self._max_length is not None and self._max_length < 4:
+            raise InputError(f"`backbone.max_length` is {self._max_length}; it is a number of tokens, at least 4.")
         if self._max_length is not None and bounded and self._max_length > most:
             raise InputError(
                 f"`backbone.max_length` is {self._max_length}; '{self.model}' takes {most} tokens at most."
             )
         return self._max_length or most
+
+    @cached_property
+    def _positions(self) -> int | None:
+        """How many places of a text the network knows: RoBERTa's first ones are not for tokens."""
+        known = getattr(self.config, "max_position_embeddings", None)
+        with torch.device("meta"):
+            tables = [each for each in self._make(self._config()).modules() if isinstance(each, nn.Embedding)]
+        shifts = [t.padding_idx + 1 for t in tables if t.num_embeddings == known and t.padding_idx is not None]
+        return known and known - max(shifts, default=0)
 
     def _config(self) -> Any:
         config = super()._config()
@@ -75,9 +100,8 @@ class TextInput(_Base):
         return self.length
 
     def vocabulary(self, source: str) -> Vocabulary | None:
-        folder = locate(source, weights=False)
-        files = sorted(file for pattern in TOKENIZER for file in folder.glob(pattern)) if folder.is_dir() else []
-        if all(file.name.endswith(("_config.json", "_map.json")) for file in files):
+        files = self._tokenizer_files(source)
+        if not files:
             return None
         digest = "".join(file.name + sha256(file) for file in files)
         if digest not in self._vocabularies:  # as a rule all experts have the base's
@@ -103,9 +127,10 @@ class TextInput(_Base):
         if IDS in sample:
             return sample
         if not isinstance(sample.get("text"), str):
+            kind = f"as `text` a {type(sample['text']).__name__}" if "text" in sample else "no text"
             raise InputError(
-                f"A sample has no text, but {', '.join(sorted(sample))}; say in `columns` of the data which column is "
-                "the `text`."
+                f"A sample has {kind}; it holds {', '.join(sorted(sample))}. Say in `columns` of the data which column "
+                "is the `text`."
             )
         return {**self.tokens(sample["text"], sample.get("pair")), **_kept(sample)}
 

@@ -10,7 +10,7 @@ from adamerge.checkpoints import absolute
 from adamerge.data.base import TaskData
 from adamerge.data.class_names import class_names
 from adamerge.data.opening import Source, names_of
-from adamerge.data.rows import Rows
+from adamerge.data.rows import Rows, is_blank
 from adamerge.types import InputError, some
 
 
@@ -86,7 +86,9 @@ class HFDataset(TaskData):
         opened = self._source.split(name)
         columns = self._columns_of(opened)
         self._check_order(name, opened)
-        return self._rows(opened, columns)
+        rows = self._rows(opened, columns)
+        rows.check()
+        return rows
 
     def _rows(self, opened: Any, columns: Mapping[str, str]) -> Rows:
         return Rows(opened.select_columns(list(columns.values())), columns, str(self._source), self._given or ())
@@ -95,11 +97,17 @@ class HFDataset(TaskData):
         """The column of every entry that a split has."""
         there, said = opened.column_names, self._columns
         missing = [column for entry, column in said.items() if column not in there and entry not in ("label", "target")]
+        missing += [
+            said[entry] for entry in ("label", "target") if entry in said and not self._is_known(said[entry], there)
+        ]
         if missing:
             raise InputError(f"{self._source} has no column {', '.join(missing)}, which `columns` names; it has "
                              f"{', '.join(there)}.")  # fmt: skip
         same = {entry: entry for entry in self.entries if entry in there and entry not in said.values()}
         found = {entry: column for entry, column in {**same, **said}.items() if column in there}
+        for entry in {"target", "positive"} & set(found):
+            if is_blank(opened, found[entry]):
+                del found[entry]
         if "image" in found:
             found = {entry: column for entry, column in found.items() if entry in ("image", "label") or entry in said}
         if not {"image", "text", "words"} & set(found):
@@ -108,6 +116,16 @@ class HFDataset(TaskData):
                 f"column that is: `columns: {{{_likely(opened)}}}`."
             )
         return found
+
+    def _is_known(self, column: str, there: Sequence[str]) -> bool:
+        """Whether some split has a column, which others may lack; so too where not all of them can be looked at."""
+        if column in there:
+            return True
+        try:
+            splits = [self._source.peek(expression) for expression in self._source.named]
+        except InputError:
+            return True
+        return any(split is None or column in split.column_names for split in splits)
 
     def _names(self, opened: Any) -> list[str]:
         return names_of(opened.features.get(self._columns.get("label", "label")))

@@ -13,6 +13,7 @@ from adamerge.hub import hub_or_cache
 from adamerge.types import InputError
 
 _READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+_BLANKS = {"keep_default_na": False, "na_values": [""]}  # what is missing in csv; "NA" or "null" are texts
 
 
 class Source:
@@ -50,8 +51,7 @@ class Source:
         if isinstance(self._path, Mapping):
             there = list(self._path)
         else:
-            index = self._folder() / "dataset_dict.json"
-            there = json.loads(index.read_text())["splits"] if index.exists() else ["train"]
+            there = self._saved() or ["train"]
         return "train" if "train" in there else str(there[0])
 
     def split(self, name: str) -> Any:
@@ -87,13 +87,30 @@ class Source:
             except InputError:
                 raise
             except Exception as error:  # `datasets` and the hub raise what they like
-                reason = " ".join(str(error).split())[:300].removesuffix(".")
+                reason = " ".join(str(error).split())[:300].removesuffix(".") or "it is empty"
                 kind = MissingSplit if re.match(r"(Unknown|Bad) split", reason) else InputError
                 raise kind(
                     f"The split '{expression}' of the data set '{self}' cannot be opened: {reason}. Check the path or "
-                    "hub id, the split's name, and the network."
+                    f"hub id, the split's name, and the network.{self._not_here() if kind is InputError else ''}"
                 ) from error
         return self._opened[key]
+
+    @property
+    def named(self) -> list[str]:
+        """An expression for every split that is known without opening one."""
+        there = list(self._path) if isinstance(self._path, Mapping) else self._saved()
+        return list(dict.fromkeys([self.first, *self._splits.values(), *there]))
+
+    def _saved(self) -> list[str]:
+        """The splits in a folder of `save_to_disk`; none of other data."""
+        index = self._folder() / "dataset_dict.json"
+        return list(json.loads(index.read_text())["splits"]) if index.exists() else []
+
+    def _not_here(self) -> str:
+        """The end of a message that a data set was not found: that the path names nothing on this machine either."""
+        if isinstance(self._path, Mapping) or self._path.startswith("demo:") or self._folder().exists():
+            return ""
+        return f" There is no folder or file '{self._path}' here either."
 
     def _folder(self) -> Path:
         assert isinstance(self._path, str)
@@ -127,7 +144,7 @@ class Source:
             return self._read(_file_options(Path(self._path[name]), name), expression, stream)
         folder = self._folder()
         if (folder / "dataset_dict.json").exists():
-            there = json.loads((folder / "dataset_dict.json").read_text())["splits"]
+            there = self._saved()
             if name not in there:
                 raise MissingSplit(f"The data set in {folder} has no split '{name}'; it has {', '.join(there)}.")
             whole = datasets.load_from_disk(str(folder / name))
@@ -143,7 +160,11 @@ class Source:
             return self._read(_file_options(folder, "train"), expression, stream)
         if not folder.exists() and _suffix(folder) in _READERS:
             raise InputError(f"There is no file {folder}.")
-        return self._read({"path": str(folder) if folder.exists() else self._path}, expression, stream)
+        if not folder.exists():
+            return self._read({"path": self._path}, expression, stream)
+        builder = datasets.load_dataset_builder(str(folder), name=self._name)
+        blanks = _BLANKS if hasattr(builder.config, "keep_default_na") else {}  # of csv alone
+        return self._read({"path": str(folder), **blanks}, expression, stream)
 
     def _read(self, options: Mapping[str, Any], expression: str, stream: int | None) -> Any:
         import datasets
@@ -171,8 +192,11 @@ def _file_options(file: Path, split: str) -> dict[str, Any]:
         raise InputError(f"There is no file {file}.")
     if suffix not in _READERS:
         raise InputError(f"The file {file} is of no known kind; it can be {', '.join(_READERS)}, or a gz of one.")
+    if file.stat().st_size == 0:
+        raise InputError(f"The file {file} is empty; write samples into it, or name another.")
+    options = _BLANKS if _READERS[suffix] == "csv" else {}
     delimiter = {"delimiter": "\t"} if suffix == ".tsv" else {}
-    return {"path": _READERS[suffix], "data_files": {split: str(file)}, **delimiter}
+    return {"path": _READERS[suffix], "data_files": {split: str(file)}, **options, **delimiter}
 
 
 def _taken(stream: Any, number: int) -> Any:

@@ -1,5 +1,6 @@
 """Rows of a table of Hugging Face `datasets`, as samples."""
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -36,18 +37,59 @@ class Rows(Dataset[Mapping[str, Any]]):
     @cached_property
     def labelled(self) -> bool:
         """Whether some row has a label, or a target."""
-        known = [column for entry, column in self._columns.items() if entry in ("label", "target")]
-        return any(self._is_given(column) for column in known)
+        if "target" in self._columns and len(self):
+            return True
+        return "label" in self._columns and self._has_label(self._columns["label"])
 
-    def _is_given(self, column: str) -> bool:
-        import pyarrow as pa
+    def _has_label(self, column: str) -> bool:
         import pyarrow.compute as pc
 
         values = self._column(column)
-        while pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
+        while _is_list(values):
             values = pc.list_flatten(values)
         values = values.drop_null()
-        return bool(pc.any(pc.greater_equal(values, 0)).as_py()) if pa.types.is_integer(values.type) else bool(values)
+        if _is_number(values):
+            return bool(pc.any(pc.greater_equal(values, 0)).as_py())
+        return bool(pc.any(pc.not_equal(values, "")).as_py()) if _is_text(values) else len(values) > 0
+
+    def check(self) -> None:
+        """Look, undecoded, for samples that cannot be drawn.
+
+        Raises:
+            InputError: A sample lacks what every one needs, or has a label that is not among the given classes.
+        """
+        for entry, column in self._columns.items():
+            missing = None if entry in ("pair", "label") else first_blank(self._rows, column)
+            if missing is not None:
+                raise InputError(self._lacks(missing, entry))
+        if "label" in self._columns and self._number:
+            self._check_labels(self._column(self._columns["label"]))
+
+    def _check_labels(self, values: Any) -> None:
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        row = None
+        if _is_list(values):
+            values = values.combine_chunks()
+            values, row = pc.list_flatten(values), pc.list_parent_indices(values)
+        if _is_number(values):
+            odd = pc.greater_equal(values, len(self._number))
+            if pa.types.is_floating(values.type):
+                odd = pc.or_(odd, pc.not_equal(pc.floor(values), values))
+                odd = pc.and_(odd, pc.invert(pc.is_nan(values)))
+        elif _is_text(values):
+            odd = pc.invert(pc.is_in(values, value_set=pa.array(["", *self._number], values.type), skip_nulls=True))
+            odd = pc.and_(odd, pc.is_valid(values))
+        else:
+            return
+        position = pc.index(odd, True).as_py()
+        if position >= 0:
+            self._label(position if row is None else row[position].as_py(), values[position].as_py())
+
+    def _lacks(self, index: int, entry: str) -> str:
+        fix = "leave such samples out, or fill it" if entry in ("target", "positive") else "leave it out"
+        return f"Sample {index} of {self._path} has no {entry}; {fix}."
 
     @cached_property
     def lengths(self) -> Tensor | None:
@@ -62,7 +104,7 @@ class Rows(Dataset[Mapping[str, Any]]):
             counts = [pc.utf8_length(text.cast(pa.large_string())) for text in texts]
         else:
             words = self._column(self._columns["words"])
-            if not (pa.types.is_list(words.type) or pa.types.is_large_list(words.type)):
+            if not _is_list(words):
                 raise InputError(f"The column '{self._columns['words']}' of {self._path} holds no lists of words.")
             counts = [pc.list_value_length(words)]
         found = [torch.from_numpy(count.fill_null(0).to_numpy().astype("int64")) for count in counts]
@@ -92,11 +134,11 @@ class Rows(Dataset[Mapping[str, Any]]):
 
     def _sample(self, index: int, row: Mapping[str, Any]) -> Mapping[str, Any]:
         sample = {entry: row[column] for entry, column in self._columns.items()}
-        empty = [entry for entry in ("text", "pair", "words", "target", "positive") if sample.get(entry, "") is None]
-        if {"text", "words"} & set(empty):
-            raise InputError(f"Sample {index} of {self._path} has no {empty[0]}; leave it out.")
-        for entry in empty:
-            sample[entry] = ""
+        for entry in ("text", "words", "target", "positive"):
+            if sample.get(entry, "") is None:
+                raise InputError(self._lacks(index, entry))
+        if sample.get("pair", "") is None:
+            sample["pair"] = ""
         if "label" in sample or not {"target", "positive"} & set(sample):
             sample["label"] = self._labels(index, sample)
         return sample
@@ -115,17 +157,72 @@ class Rows(Dataset[Mapping[str, Any]]):
         return [self._label(index, each) for each in labels]
 
     def _label(self, index: int, label: Any) -> int:
+        if label is None or (isinstance(label, float) and math.isnan(label)):
+            return UNLABELED
         if isinstance(label, str):
             if label not in self._number:
+                if not label:
+                    return UNLABELED
                 has = f"which is not in `classes`: {some(self._number)}" if self._number else "but there are no numbers"
                 raise InputError(
                     f"Sample {index} of {self._path} is labelled {label!r}, {has}; list the labels in `classes`, in "
                     "the order that the expert numbers them in."
                 )
             return self._number[label]
-        if label is not None and not isinstance(label, int):
+        if not isinstance(label, int) and not (isinstance(label, float) and label.is_integer()):
             raise InputError(
                 f"Sample {index} of {self._path} is labelled {label!r}; labels are whole numbers: cast the column to "
                 "ClassLabel."
             )
-        return UNLABELED if label is None or label < 0 else int(label)
+        if self._number and label >= len(self._number):
+            raise InputError(
+                f"Sample {index} of {self._path} is labelled {int(label)}, but the {len(self._number)} `classes` are "
+                f"numbered from 0 on: {some(self._number)}; list all of them, or leave the sample out."
+            )
+        return UNLABELED if label < 0 else int(label)
+
+
+def first_blank(rows: Any, column: str) -> int | None:
+    """The first row of a `datasets.Dataset` that has nothing in a column; None where there is no such row."""
+    import pyarrow.compute as pc
+
+    missing = _blanks(rows, column)
+    found = -1 if missing is None else pc.index(missing, True).as_py()
+    return None if found < 0 else int(found)
+
+
+def is_blank(rows: Any, column: str) -> bool:
+    """Whether no row of a `datasets.Dataset` has anything in a column; not so where there are no rows."""
+    import pyarrow.compute as pc
+
+    missing = _blanks(rows, column)
+    return missing is not None and len(missing) > 0 and bool(pc.all(missing).as_py())
+
+
+def _blanks(rows: Any, column: str) -> Any:
+    """For every row whether it has nothing in a column, without reading what it has; None if the table has no nulls."""
+    import pyarrow.compute as pc
+
+    values = rows.data.column(column)
+    if not values.null_count:
+        return None
+    missing, order = pc.is_null(values), rows._indices
+    return missing if order is None else missing.take(order.column(0))
+
+
+def _is_list(values: Any) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_list(values.type) or pa.types.is_large_list(values.type))
+
+
+def _is_number(values: Any) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_integer(values.type) or pa.types.is_floating(values.type))
+
+
+def _is_text(values: Any) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_string(values.type) or pa.types.is_large_string(values.type))

@@ -41,6 +41,10 @@ class LinearHead(TaskModule):
             raise InputError(
                 f"Task '{task.name}' has {len(task.classes)} classes, its head in {where} {weight_CD.shape[0]}."
             )
+        if not bool(weight_CD.isfinite().all()):
+            raise InputError(
+                f"The head of task '{task.name}' in {where} holds NaN or Inf; this checkpoint is broken, take another."
+            )
         self.weight = nn.Parameter(weight_CD.clone(), requires_grad=trainable)
         has_bias = f"{prefix}bias" in state
         self.bias = nn.Parameter(state[f"{prefix}bias"].float().clone(), requires_grad=trainable) if has_bias else None
