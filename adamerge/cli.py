@@ -61,7 +61,9 @@ def _check(options: Namespace) -> Any:
     from adamerge.config import job_from_arguments
     from adamerge.preflight import check
 
-    arguments = [f"--config={name}" for name in options.configs]
+    if not options.configs + options.config:
+        raise InputError("`adamerge check` wants a configuration: adamerge check mine.yaml")
+    arguments = [f"--config={name}" for name in options.configs + options.config]
     return check(job_from_arguments([*arguments, *(f"--{each}" for each in options.set)]), deep=options.deep)
 
 
@@ -113,7 +115,8 @@ def command_parser() -> ArgumentParser:
 
     command("fit", "Learn a merge; the same as python -m adamerge.fit")
     check = command("check", "Look at a configuration before it runs: checkpoints, data, memory, disk, time")
-    check.add_argument("configs", type=str, nargs="+", help="YAML files, yours or shipped ones; of several, later win")
+    check.add_argument("configs", type=str, nargs="*", help="YAML files, yours or shipped ones; of several, later win")
+    check.add_argument("--config", type=str, action="append", default=[], help="The same, as `fit` takes them")
     check.add_argument(
         "--deep", action="store_true", help="Read all values too, and fetch them where they are not here"
     )

@@ -65,7 +65,14 @@ class MultiTaskModel(nn.Module):
         Args:
             samples: Without labels.
             task: Whose samples they are, where that makes a difference (prompts that differ from task to task).
+
+        Raises:
+            InputError: They are no list of samples, or there are none.
         """
+        if isinstance(samples, Mapping | str) or not all(isinstance(sample, Mapping) for sample in samples):
+            raise InputError('`prepare` takes a list of samples, each with its inputs by name: [{"image": picture}].')
+        if not samples:
+            raise InputError("`prepare` was given no samples.")
         prepare = self.backbone.prepare if task is None else self.backbone.preparer(task)
         batch = self.backbone.collate([prepare(sample) for sample in samples])
         return to_device(batch, self.device)

@@ -137,17 +137,18 @@ def _dtypes(survey: Survey) -> set[torch.dtype]:
 
 def _seconds(job: Job, survey: Survey) -> dict[str, float]:
     """One optimiser step: the merge by the bandwidth, forward and backward by the speed, measured here for a moment."""
-    speed, bandwidth = _measured(on_cpu=job.trainer.get("accelerator") == "cpu")
+    speed, bandwidth, transfer = _measured(on_cpu=job.trainer.get("accelerator") == "cpu")
     tasks, elements = len(job.data.tasks), survey.space.num_elements
     tokens = job.recipe.backbone.tokens_per_sample or 0
     network = 6 * elements * tokens * job.data.batch_size * tasks / speed
-    size = _placements(job, survey)["cpu"][1] / max(1, elements)
-    merge = elements * (2 * size + 12) / bandwidth
-    return dict.fromkeys(_PLACEMENTS, network + merge)
+    vectors = 2 * _placements(job, survey)["cpu"][1]  # once to merge, once for the coefficients' gradient
+    there = network + (12 * elements + vectors) / bandwidth
+    elsewhere = network + 12 * elements / bandwidth + vectors / transfer
+    return {"device": there, "cpu": elsewhere, "mmap": elsewhere}
 
 
-def _measured(*, on_cpu: bool) -> tuple[float, float]:
-    """Of the device that would train: multiplications and additions per second in fp32, bytes copied per second."""
+def _measured(*, on_cpu: bool) -> tuple[float, float, float]:
+    """Of the device that would train: fp32 operations, bytes copied, and bytes from main memory to it, per second."""
     device = torch.device("cuda" if torch.cuda.is_available() and not on_cpu else "cpu")
     one = torch.ones(512, 512, device=device)
     block, other = torch.ones(2, 8_000_000, device=device)
@@ -162,7 +163,11 @@ def _measured(*, on_cpu: bool) -> tuple[float, float]:
             best = min(best, time.perf_counter() - start)
         return best
 
-    return 2 * 512**3 / timed(lambda: one @ one), 2 * block.nbytes / timed(lambda: other.copy_(block))
+    speed, bandwidth = 2 * 512**3 / timed(lambda: one @ one), 2 * block.nbytes / timed(lambda: other.copy_(block))
+    if device.type == "cpu":
+        return speed, bandwidth, bandwidth
+    host = torch.ones_like(block, device="cpu")
+    return speed, bandwidth, block.nbytes / timed(lambda: other.copy_(host))
 
 
 def _notes(job: Job, survey: Survey) -> Iterator[str]:

@@ -66,6 +66,20 @@ class TaskOutput:
     logits_BC: Tensor
     blocks: Sequence[Tensor] = ()  # [B, D of the block] for each block, means over tokens, where an objective asks
 
+    @property
+    def class_logits_BC(self) -> Tensor:
+        """The logits, for what takes their softmax.
+
+        Raises:
+            InputError: There is one output, whose softmax is 1 whatever the model says.
+        """
+        if self.logits_BC.shape[-1] == 1:
+            raise InputError(
+                f"Task '{self.task}' has one output, a regression: its probability is always 1, and there is nothing "
+                "to learn. Take an objective on values or features, such as `Distillation` with `loss: mse`."
+            )
+        return self.logits_BC
+
 
 def some(names: Iterable[str]) -> str:
     """The first three names and the count, for messages: «3 (first: a, b, c)»."""

@@ -316,3 +316,12 @@ def test_nothing_to_learn_is_refused():
     model.rule.requires_grad_(False)
     with pytest.raises(InputError, match="nothing to learn"):
         AdaMerge(model)
+
+
+@pytest.mark.parametrize(
+    ("samples", "said"),
+    [("a text", "takes a list"), (["a text"], "takes a list"), ({"input": 1}, "takes a list"), ([], "was given no")],
+)
+def test_samples_are_a_list_with_inputs_by_name(samples, said):
+    with pytest.raises(InputError, match=rf"`prepare` {said}"):
+        merged_of().prepare(samples)

@@ -1,13 +1,11 @@
 """The contrastive objective: its value, its gradient, the same over ranks, and from texts to a merge."""
 
 import math
-import os
 from functools import partial
 
 import lightning.pytorch as pl
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch.autograd import gradcheck
@@ -23,6 +21,7 @@ from adamerge.recorded import revive, spec
 from adamerge.rules import LayerWise
 from adamerge.types import ROWS, InputError, TaskOutput
 from tests.checkpoints_hf import CLASSES, Texts, write
+from tests.ranks import joined, trained
 from tests.test_engine import Silent, assert_same
 from tests.tiny import INPUT, TASKS, WIDTH, Shift, merged_of
 
@@ -234,29 +233,16 @@ def train_case(case, rank, world):
     module = CASES[case](kind=Logged)
     options = KINDS[case.removesuffix(", as one batch")]
     batches = [{task: batch_of(k, options, task, rank, world) for task in TASKS} for k in range(4)]
-    ddp = {"strategy": "ddp", "devices": world} if world > 1 else {"devices": 1}
-    trainer = pl.Trainer(
-        accelerator="cpu", max_steps=4, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, limit_val_batches=0, use_distributed_sampler=False, **ddp,
-    )  # fmt: skip
-    trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
-    learned = {name: parameter.detach().clone() for name, parameter in module.model.learnables().items()}
-    return {**learned, "losses": torch.stack(losses)}
+    return {**trained(module, batches, world), "losses": torch.stack(losses)}
 
 
 def train_all(rank, folder):
-    """On one of two ranks, as an elastic launcher starts them."""
-    torch.set_num_threads(1)
-    place = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0, "TORCHELASTIC_RUN_ID": "test"}
-    os.environ |= {name: str(value) for name, value in {**place, **meeting}.items()}
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    torch.save({case: train_case(case, rank, 2) for case in CASES}, folder / f"{rank}.pt")
-    one = sides(size=2)
-    half = slice(rank, rank + 1)  # one sample on each rank: each has the other's for a negative
-    term = InfoNCE()(answer(one[0][half]), {"expert.features": one[1][half]})["info_nce"]
-    torch.save(term.sum, folder / f"{rank}-half.pt")
-    dist.destroy_process_group()
+    with joined(rank, folder):
+        torch.save({case: train_case(case, rank, 2) for case in CASES}, folder / f"{rank}.pt")
+        one = sides(size=2)
+        half = slice(rank, rank + 1)  # one sample on each rank: each has the other's for a negative
+        term = InfoNCE()(answer(one[0][half]), {"expert.features": one[1][half]})["info_nce"]
+        torch.save(term.sum, folder / f"{rank}-half.pt")
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,11 @@
 """How a step goes through the tasks: in turn, in two levels, along no task's ascent; and the same over ranks."""
 
 import csv
-import os
 from functools import partial
 
 import lightning.pytorch as pl
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import adamerge
@@ -19,6 +17,7 @@ from adamerge.objectives import Diversity, Entropy
 from adamerge.rules import Concrete, LayerWise, TaskWise
 from adamerge.task_modules import Surgery
 from adamerge.types import InputError
+from tests.ranks import joined, trained
 from tests.test_concrete import fitted
 from tests.test_engine import gradients
 from tests.test_training import SHIFT, assert_equal, learned
@@ -481,29 +480,17 @@ def train_case(case, rank, world):
     data.preparer = lambda task: double
     data.slot = partial(module.loop.slot, tasks=TASKS, seed=0)
     batches = [data.stream(rank, world)[k] for k in range(4)]
-    ddp = {"strategy": "ddp", "devices": world} if world > 1 else {"devices": 1}
-    trainer = pl.Trainer(
-        accelerator="cpu", max_steps=4, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, limit_val_batches=0, use_distributed_sampler=False, **ddp,
-    )  # fmt: skip
-    trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
-    return {name: parameter.detach().clone() for name, parameter in module.model.learnables().items()}
+    return trained(module, batches, world)
 
 
 def train_all(rank, folder):
-    """On one of two ranks, as an elastic launcher starts them."""
-    torch.set_num_threads(1)
-    place = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0, "TORCHELASTIC_RUN_ID": "test"}
-    os.environ |= {name: str(value) for name, value in {**place, **meeting}.items()}
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    torch.save({case: train_case(case, rank, 2) for case in CASES}, folder / f"{rank}.pt")
-    twice = partial(bilevel, second_order=True)
-    try:
-        AdaMerge(two_levels(), loop=twice().loop, objectives=[Diversity()])
-    except InputError as error:
-        (folder / f"{rank}.txt").write_text(str(error))
-    dist.destroy_process_group()
+    with joined(rank, folder):
+        torch.save({case: train_case(case, rank, 2) for case in CASES}, folder / f"{rank}.pt")
+        twice = partial(bilevel, second_order=True)
+        try:
+            AdaMerge(two_levels(), loop=twice().loop, objectives=[Diversity()])
+        except InputError as error:
+            (folder / f"{rank}.txt").write_text(str(error))
 
 
 @pytest.fixture(scope="module")

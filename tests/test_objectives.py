@@ -289,3 +289,12 @@ def test_diversity_of_a_masked_class_is_finite():
     bare = Diversity()(answer([[0.0, 1.0], [2.0, 0.0]]), {})["diversity"]
     torch.testing.assert_close(term.sum, bare.sum)
     assert out.logits_BC.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "objective", [Entropy(), Diversity(), PseudoLabel(), Distillation()], ids=lambda o: str(type(o))
+)
+def test_one_output_has_no_probabilities(objective):
+    with pytest.raises(InputError, match=r"Task 'a' has one output, a regression.*`loss: mse`"):
+        objective(answer([[0.3], [2.0]]), taught([[0.1], [1.0]]))
+    assert the_term(Distillation(loss="mse"), answer([[0.3]]), taught([[0.1]]), "mse") == (pytest.approx(0.04), 1)

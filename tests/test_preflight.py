@@ -70,6 +70,16 @@ def test_what_a_check_tells(config):
     assert any("network itself" in note for note in found.notes)
 
 
+def test_configurations_are_taken_as_fit_takes_them(config, command, tmp_path):
+    path = written(config(), tmp_path / "mine.yaml")
+    both = command(path), command("--config", path)
+    assert both[0][0] == both[1][0] == 0
+    assert "144 elements" in both[1][1]
+    status, _, said = command("--deep")
+    assert status == 2
+    assert "wants a configuration: adamerge check mine.yaml" in said
+
+
 def test_what_is_stored_narrow_takes_less(config):
     whole, half = (
         check(parse(config({"vectors": {"dtype": dtype}, "apply_mode": "swap"}), {})).placements

@@ -1,18 +1,133 @@
 """Classifiers of transformers, of images, texts and tokens."""
 
-from collections.abc import Mapping, Sequence
+import re
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
+from adamerge.backbones.folder import FolderWriter
+from adamerge.backbones.layout import Layout, output_layer
 from adamerge.backbones.pixels import ImageInput
 from adamerge.backbones.text import IDS, MASK, TextInput, rows_of, trimmed
-from adamerge.backbones.transformers import Classifier
-from adamerge.types import ROWS, UNLABELED, Batch, InputError
+from adamerge.backbones.transformers import Transformers, has_config
+from adamerge.checkpoints import State, locate
+from adamerge.task_modules import ClassifierHead, TaskModule
+from adamerge.types import ROWS, UNLABELED, Batch, InputError, TaskInfo, some
 
 _ANSWERS = "answers"
+
+
+class Classifier(Transformers):
+    """Base of the classifiers: the body is merged, and each task keeps its expert's head, whatever its classes."""
+
+    has_heads = True
+
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        train_heads: bool = False,
+        attention: str | None = None,
+        remote_code: bool = False,
+        blocks: str | None = None,
+    ) -> None:
+        super().__init__(model, attention=attention, remote_code=remote_code, blocks=blocks)
+        self._train_heads = train_heads
+
+    def _labelled(self, labels: int) -> Any:
+        config = self._config()
+        config.num_labels = labels
+        return self._make(config)
+
+    @cached_property
+    def output(self) -> str:
+        """The name of the layer that makes the logits."""
+        with torch.device("meta"):
+            return output_layer(self._labelled, f"The {self.config.model_type} of '{self.model}'")
+
+    @cached_property
+    def layout(self) -> Layout:
+        with torch.device("meta"):
+            return Layout.of(self._labelled(3), output=f"{self.output}.")
+
+    def build(self) -> nn.Module:
+        return self._bare(self._labelled(3))
+
+    def _bare(self, net: nn.Module) -> nn.Module:
+        """The network without its output layer, so that its logits are the features."""
+        net.set_submodule(self.output, nn.Identity())
+        return net.eval()
+
+    def features(self, net: nn.Module, batch: Batch) -> Tensor:
+        return net(**self.inputs(batch)).logits
+
+    @abstractmethod
+    def inputs(self, batch: Batch) -> Mapping[str, Tensor]:
+        """What the network takes of a batch."""
+
+    def head(self, task: TaskInfo) -> TaskModule:
+        assert isinstance(task.base, State)
+        prefix = f"{self.output}."
+        inner = [name for name in self.own(task.base) if not name.startswith(prefix)]
+        return ClassifierHead(task, prefix=prefix, inner=inner, trainable=self._train_heads)
+
+    def head_problems(self, task: str, state: State, classes: Sequence[str]) -> Iterator[str]:
+        name = f"{self.output}.weight"
+        inner = [each for each in self.layout.own if each not in state and not each.startswith(f"{self.output}.")]
+        if name in state and inner:
+            yield f"Task '{task}': {state.source} lacks {some(inner)} of its head; give one that was saved whole."
+        if name not in state:
+            yield f"Task '{task}': {state.source} has no head '{name}'; give an expert that was saved with its head."
+        elif classes and state.meta(name)[0][0] != len(classes):
+            yield f"Task '{task}' has {len(classes)} classes, its head in {state.source} {state.meta(name)[0][0]}."
+
+    def classes(self, source: str, given: Sequence[str]) -> Sequence[str]:
+        if not has_config(source):
+            return given
+        names = [str(name) for _, name in sorted(self.config_of(source).id2label.items())]
+        if not given:
+            return names
+        unnamed = all(re.fullmatch(r"LABEL_\d+", name) for name in names)
+        plain = [[re.sub(r"[\W_]+", " ", name).strip().lower() for name in each] for each in (given, names)]
+        if not unnamed and plain[0] != plain[1] and sorted(plain[0]) == sorted(plain[1]):
+            raise InputError(
+                f"{source} numbers its classes {', '.join(names[:4])}; the data number them {', '.join(given[:4])}. "
+                "Give the labels of the data in the expert's order."
+            )
+        return given
+
+    def export(self, net: nn.Module, base: State, folder: Path, heads: Mapping[str, TaskModule]) -> None:
+        writer = FolderWriter(self.layout, locate(self.model, weights=False))
+        body = net.base_model if self.layout.body else net
+        writer.whole(net, folder, self.config, type(body).__name__, without=self.layout.own)
+        for task, head in heads.items():
+            assert isinstance(head, ClassifierHead)
+            config = self._config()
+            config.id2label = dict(enumerate(head.classes or [f"LABEL_{c}" for c in range(len(head.weight))]))
+            config.label2id = {name: number for number, name in config.id2label.items()}
+            writer.task(folder, task, config, type(net).__name__, head.tensors())
+
+    def exported(self, folder: Path) -> nn.Module:
+        import transformers
+
+        first = sorted((folder / "tasks").iterdir())[0]
+        return self._bare(getattr(transformers, self.auto).from_pretrained(first, dtype=torch.float32))
+
+    def answers(self, folder: Path, tasks: Sequence[str]) -> Mapping[str, Callable[[Batch], Tensor]]:
+        import transformers
+
+        def of(task: str) -> Callable[[Batch], Tensor]:
+            auto = getattr(transformers, self.auto)
+            net = auto.from_pretrained(folder / "tasks" / task, dtype=torch.float32).eval()
+            return lambda batch: self.features(net.to(next(iter(batch.values())).device), batch)
+
+        return {task: of(task) for task in tasks}
 
 
 class ImageClassifier(ImageInput, Classifier):

@@ -15,7 +15,7 @@ from adamerge.backbones.explained import explained
 from adamerge.backbones.folder import TOKENIZER, FolderWriter
 from adamerge.backbones.layout import Layout
 from adamerge.backbones.pixels import ImageInput
-from adamerge.backbones.prompts import Embed, check_prompts, head_of, kept_heads, prompts_of
+from adamerge.backbones.prompts import Embed, ZeroShot, check_prompts, head_of, kept_heads
 from adamerge.backbones.transformers import Transformers
 from adamerge.checkpoints import State, locate
 from adamerge.files import sha256
@@ -23,7 +23,7 @@ from adamerge.task_modules import TaskModule
 from adamerge.types import Batch, InputError, TaskInfo
 
 
-class CLIP(ImageInput, Transformers):
+class CLIP(ImageInput, ZeroShot, Transformers):
     """A CLIP of transformers, or another model with a vision and a text tower: the vision tower is merged.
 
     Experts may be whole models or vision towers alone (`CLIPVisionModel`); the projection keeps the base's value where
@@ -45,7 +45,6 @@ class CLIP(ImageInput, Transformers):
     """
 
     auto: ClassVar[str] = "AutoModel"
-    has_heads = True
 
     def __init__(
         self,
@@ -90,13 +89,6 @@ class CLIP(ImageInput, Transformers):
         return getattr(config, "vision_config", config)  # a tower alone has its part of the whole's
 
     # --- heads
-
-    def templates(self, task: str) -> Sequence[str]:
-        """The prompts of a task."""
-        return prompts_of(self._templates, task)
-
-    def head(self, task: TaskInfo) -> TaskModule:
-        return self.heads([task])[task.name]
 
     def heads(self, tasks: Sequence[TaskInfo]) -> dict[str, TaskModule]:
         base = tasks[0].base
@@ -185,9 +177,6 @@ print(json.load(open(folder + "/tasks.json"))["{task}"]["classes"][int(logits.ar
             task: head_of(TaskInfo(task, names), embedded(clip, self._tokens, names, self.templates(task)))
             for task, names in classes.items()
         }
-
-    def about(self, task: str) -> Mapping[str, Any]:
-        return {"templates": list(self.templates(task))}
 
 
 class Tower(nn.Module):

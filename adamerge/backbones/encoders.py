@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -40,6 +41,7 @@ class SentenceEncoder(TextInput, Transformers):
     """
 
     auto: ClassVar[str] = "AutoModel"
+    has_heads = True  # none are needed
 
     def __init__(
         self,
@@ -154,8 +156,7 @@ class Seq2Seq(TextInput, Transformers):
         return {}  # what stands beside the body makes the answers of all tasks
 
     def preparer(self, task: str) -> Any:
-        template = self._template(task)
-        return lambda sample: self._prepared(sample, template)
+        return partial(self._prepared, template=self._template(task))
 
     def _template(self, task: str) -> str:
         if isinstance(self._templates, str):

@@ -11,10 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from adamerge.backbones.base import Backbone
 from adamerge.backbones.clip_source import CONFIG, WEIGHTS, ClipSource, lasting
 from adamerge.backbones.pixels import eight_bits
-from adamerge.backbones.prompts import Embed, check_prompts, head_of, kept_heads, prompts_of
+from adamerge.backbones.prompts import Embed, ZeroShot, check_prompts, head_of, kept_heads
 from adamerge.blocks import block_names
 from adamerge.checkpoints import State
 from adamerge.files import sha256
@@ -22,7 +21,7 @@ from adamerge.task_modules import TaskModule
 from adamerge.types import Batch, InputError, TaskInfo
 
 
-class OpenCLIP(Backbone):
+class OpenCLIP(ZeroShot):
     """A CLIP of open_clip: its image tower is merged; zero-shot heads come from the base's text tower.
 
     Base and experts may be whole CLIP checkpoints or hold the image tower alone (tensors `visual.*`, under any one
@@ -59,7 +58,7 @@ class OpenCLIP(Backbone):
         self._settings: dict[str, Any] = {}  # of the preprocessing, once a model was made
         check_prompts(templates)
 
-    has_heads, library = True, "open_clip"
+    library = "open_clip"
 
     # --- the network
 
@@ -102,13 +101,6 @@ class OpenCLIP(Backbone):
         return self._source.image_state(source)
 
     # --- heads
-
-    def templates(self, task: str) -> Sequence[str]:
-        """The prompts of a task."""
-        return prompts_of(self._templates, task)
-
-    def head(self, task: TaskInfo) -> TaskModule:
-        return self.heads([task])[task.name]
 
     def heads(self, tasks: Sequence[TaskInfo]) -> dict[str, TaskModule]:
         base = tasks[0].base
@@ -181,9 +173,6 @@ head = open_clip.build_zero_shot_classifier(clip.eval(), tokenize, task["classes
 with torch.inference_mode():
     features = clip.encode_image(preprocess(Image.open("picture.png"))[None], normalize=True)
 print(task["classes"][int((features @ head).argmax())])"""
-
-    def about(self, task: str) -> Mapping[str, Any]:
-        return {"templates": list(self.templates(task))}
 
 
 class _ImageTower(nn.Module):

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from adamerge.backbones.base import Backbone
 from adamerge.files import atomic_file, cache_dir
 from adamerge.task_modules import TaskModule, ZeroShotHead
 from adamerge.terminal import progress_console
@@ -18,6 +19,23 @@ from adamerge.types import InputError, TaskInfo, some
 
 Templates = Sequence[str] | Mapping[str, Sequence[str]]
 Embed = Callable[[Sequence[str], Sequence[str]], dict[str, Tensor]]  # class names, prompts -> a head's tensors
+
+
+class ZeroShot(Backbone):
+    """What backbones have in common whose heads are made of class names and prompts."""
+
+    has_heads = True
+    _templates: Templates
+
+    def templates(self, task: str) -> Sequence[str]:
+        """The prompts of a task."""
+        return prompts_of(self._templates, task)
+
+    def head(self, task: TaskInfo) -> TaskModule:
+        return self.heads([task])[task.name]
+
+    def about(self, task: str) -> Mapping[str, Any]:
+        return {"templates": list(self.templates(task))}
 
 
 def check_prompts(templates: Templates) -> None:

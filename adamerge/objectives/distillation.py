@@ -49,7 +49,7 @@ class Distillation(Objective):
         self.loss, self.temperature = loss, temperature
 
     def forward(self, out: TaskOutput, batch: Batch) -> Mapping[str, Term]:
-        student_BC = out.logits_BC
+        student_BC = out.class_logits_BC if self.loss == "kl" else out.logits_BC
         teacher_BC = batch["expert.logits"].detach().to(student_BC.dtype)
         if self.loss == "kl":
             loss_B = self.temperature**2 * _kl(student_BC / self.temperature, teacher_BC / self.temperature)

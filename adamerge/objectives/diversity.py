@@ -25,7 +25,7 @@ class Diversity(Objective):
     couples_batch: ClassVar[bool] = True
 
     def forward(self, out: TaskOutput, batch: Batch) -> Mapping[str, Term]:
-        p_C = out.logits_BC.softmax(-1).mean(0)
+        p_C = out.class_logits_BC.softmax(-1).mean(0)
         p_C = p_C + (sum_over_ranks(p_C.detach().clone()) / world_size() - p_C).detach()
         log_p_C = p_C.clamp(min=torch.finfo(p_C.dtype).tiny).log()  # a class that nothing predicts adds 0
         size = len(out.logits_BC)

@@ -28,7 +28,7 @@ class Entropy(Objective):
         self.divide_by_log_classes = divide_by_log_classes
 
     def forward(self, out: TaskOutput, batch: Batch) -> Mapping[str, Term]:
-        log_p_BC = out.logits_BC.log_softmax(-1)
+        log_p_BC = out.class_logits_BC.log_softmax(-1)
         entropy_B = -(log_p_BC.exp() * log_p_BC.masked_fill(log_p_BC == -math.inf, 0)).sum(-1)  # a masked class adds 0
-        scale = math.log(max(2, out.logits_BC.shape[-1])) if self.divide_by_log_classes else 1.0
+        scale = math.log(log_p_BC.shape[-1]) if self.divide_by_log_classes else 1.0
         return {"entropy": Term(entropy_B.sum() / scale, len(entropy_B))}

@@ -28,7 +28,7 @@ class PseudoLabel(Objective):
         self.confident = self.filters = confident
 
     def forward(self, out: TaskOutput, batch: Batch) -> Mapping[str, Term]:
-        merged_BC = out.logits_BC.detach()
+        merged_BC = out.class_logits_BC.detach()
         expert_BC = batch["expert.logits"].detach().to(merged_BC.dtype)
         label_B = expert_BC.argmax(-1)
         if self.confident:
