@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adamerge import native
+
 CHUNK = (
     1 << 17
 )  # elements of one task per step: the fp32 copies of a chunk of narrow vectors stay in the last-level cache
@@ -75,8 +77,11 @@ class DenseDeltas(Deltas):
         coef = coef.to(self.device, dtype)
         if _is_scalar_per_task(coef.shape, self.num_tasks):
             delta_TN, coef_1T = self.stacked.reshape(self.num_tasks, -1), coef.reshape(1, -1)
-            out_N = torch.empty(delta_TN.shape[1], dtype=dtype, device=self.device)
             base_N = None if base is None else base.reshape(-1)
+            made_N = native.combine(delta_TN, coef_1T[0], base_N)
+            if made_N is not None:
+                return made_N.view(self.shape)
+            out_N = torch.empty(delta_TN.shape[1], dtype=dtype, device=self.device)
             for start, delta_Tn in _chunks(delta_TN, dtype):
                 part = slice(start, start + delta_Tn.shape[1])
                 if base_N is None:
@@ -98,6 +103,9 @@ class DenseDeltas(Deltas):
         dtype = _accumulator(grad, self.stacked)
         if _is_scalar_per_task(coef_shape, self.num_tasks):
             delta_TN, grad_N = self.stacked.reshape(self.num_tasks, -1), grad.reshape(-1)
+            made_T = native.inner(delta_TN, grad_N)
+            if made_T is not None:
+                return made_T.view(coef_shape)
             out_T = torch.zeros(self.num_tasks, dtype=dtype, device=self.device)
             for start, delta_Tn in _chunks(delta_TN, dtype):
                 out_T.addmv_(delta_Tn, grad_N[start : start + delta_Tn.shape[1]].to(self.device, dtype))

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
-from adamerge import deltas
+from adamerge import deltas, native
 from adamerge.deltas import DenseDeltas
 from tests.tiny import states, vectors_of
 
@@ -25,8 +25,11 @@ CASES = [(shape, coef) for shape in SHAPES for coef in coefficient_shapes(shape)
 
 @pytest.mark.parametrize(("shape", "coef_shape"), CASES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_products_equal_the_float64_reference(shape, coef_shape, dtype, monkeypatch):
+@pytest.mark.parametrize("products", ["in C", "torch's"])
+def test_products_equal_the_float64_reference(shape, coef_shape, dtype, products, monkeypatch):
     monkeypatch.setattr(deltas, "CHUNK", 4)  # several chunks, the last one short
+    if products == "torch's":
+        monkeypatch.setattr(native, "_library", lambda: None)
     stacked, base, grad = torch.randn(3, *shape).to(dtype), torch.randn(shape), torch.randn(shape)
     coef = torch.randn(coef_shape)
     full = coef.double().view(*coef_shape, *[1] * (len(shape) + 1 - len(coef_shape)))

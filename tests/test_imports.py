@@ -14,7 +14,9 @@ PACKAGE = Path(adamerge.__file__).parent
 # A file imports only from lower layers, or from its own folder.
 LAYERS = [
     {"types"},
-    {"files", "recorded", "modules", "seeding", "deltas", "terminal", "hub", "ranks", "blocks", "step", "finite"},
+    {"files", "recorded", "modules", "seeding", "terminal", "hub", "ranks", "blocks", "step", "finite"},
+    {"native"},
+    {"deltas"},
     {"demo"},
     {"checkpoints"},
     {"convert"},
