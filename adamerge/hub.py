@@ -78,14 +78,26 @@ def hub_or_cache() -> Iterator[None]:
 
         known.append(config)
     before = [module.HF_HUB_OFFLINE for module in known]
-    if any(before) or not _answers(constants.ENDPOINT):
+    offline = any(before) or not _answers(constants.ENDPOINT)
+    if offline:
         for module in known:
             module.HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
+        _forget_sessions()
     try:
         yield
     finally:
         for module, value in zip(known, before, strict=True):
             module.HF_HUB_OFFLINE = value  # type: ignore[attr-defined]
+        if offline:
+            _forget_sessions()
+
+
+def _forget_sessions() -> None:
+    """Before its version 1, the hub's library asks whether it is offline only when it opens a session."""
+    with suppress(ImportError):
+        from huggingface_hub.utils import reset_sessions
+
+        reset_sessions()
 
 
 @cache

@@ -59,7 +59,13 @@ class MergedModel(MultiTaskModel):
         apply_mode: `leaf`: the weights enter the network as detached leaves, one pull-back per step contracts their
             gradients with the task vectors; any number of backwards. `swap`: the weights enter with their graph, one
             backward per step.
+
+    Attributes:
+        activations: Bytes that the largest batch of one task keeps for its backward, where that was measured and the
+            tasks' batches can be joined; else 0.
     """
+
+    activations = 0
 
     def __init__(
         self,

@@ -1,8 +1,8 @@
 """Sources that are open and fit together, and how they become a model."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -40,9 +40,10 @@ class Opened:
     width: int = field(default=0, init=False)  # D of the features; 0 until it is known
     blocks: dict[str, int] = field(default_factory=dict, init=False)  # the network's blocks, with the D of each
     seconds: float = field(default=0.0, init=False)  # one task batch, forward and backward
+    activations: int = field(default=0, init=False)  # see `MergedModel`
 
     def probe(self, batches: Mapping[str, Batch], device: torch.device) -> None:
-        """Run every task once: leave out the tensors that no features depend on, measure widths and time.
+        """Run every task once: leave out the tensors that no features depend on, measure widths, time and memory.
 
         Args:
             batches: One per task.
@@ -52,15 +53,21 @@ class Opened:
         parameters = dict(self.net.named_parameters())
         for name in self.space.shapes:
             parameters[name].requires_grad_()
+        kept = []
         try:
             for task, batch in batches.items():
                 batch = to_device(batch, device)
                 start = time.perf_counter()
-                features = self._look_at(task, batch)
+                with kept_bytes(self.net) as counted:
+                    features = self._look_at(task, batch)
+                kept.append(counted())
                 loss = features.float().square().sum()
                 loss.backward()
                 loss.item()  # wait for the device
                 self.seconds = time.perf_counter() - start  # the last of several: the first one warms up
+            with suppress(InputError):  # batches of tasks that are not alike
+                self.recipe.backbone.concatenate(list(batches.values()))
+                self.activations = max(kept)
             unreached = [name for name in self.space.shapes if parameters[name].grad is None]
             self.space = self.space.without(unreached, "not reached by the loss")
         finally:
@@ -133,9 +140,11 @@ class Opened:
             changed = raw.transformed(recipe.transforms, seed=options.seed or 0)
             vectors = changed.stored(dtype=self._dtype, placement=options.placement)
         chains = {task: self._chain(task) for task in self.experts}
-        return MergedModel(
+        model = MergedModel(
             recipe.backbone, self.net, vectors, recipe.rule(vectors), chains, apply_mode=recipe.apply_mode
         )
+        model.activations = self.activations
+        return model
 
     def _chain(self, task: str) -> list[TaskModule]:
         head, seed = self.heads[task], self.recipe.vectors.seed or 0
@@ -178,6 +187,22 @@ class Opened:
                 for who, (source, state) in sources.items()
             },
         }
+
+
+@contextmanager
+def kept_bytes(net: nn.Module) -> Iterator[Callable[[], int]]:
+    """Counts what a forward inside the block keeps for its backward, beside the network's own tensors, in bytes."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*net.parameters(), *net.buffers()]}
+    found: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield lambda: sum(found.values())
 
 
 def _lasting_model(backbone: dict[str, Any], base: str) -> dict[str, Any]:

@@ -10,7 +10,9 @@ from torch.func import functional_call
 from adamerge.loops import Joint
 from adamerge.module import AdaMerge
 from adamerge.objectives import Entropy, Supervised
+from adamerge.opened import kept_bytes
 from adamerge.rules import LayerWise, TaskWise
+from adamerge.task_modules import Surgery
 from adamerge.types import InputError
 from tests.tiny import TASKS, Kept, Net, NormNet, Recurrent, Shift, TiedNet, batches_of, merged_of
 
@@ -63,6 +65,40 @@ def test_every_way_gives_the_reference_gradient(checkpointing, way, order):
     model = merged_of(build=partial(Net, checkpointing), dtype=torch.float64, modules=[Shift], apply_mode=way)
     found = gradients(model, loop=Joint(order=order), batches=batches_of(dtype=torch.float64))
     assert_same(found, reference(), **TIGHT)
+
+
+@pytest.mark.parametrize(("activations", "batches"), [(0, 3), (1 << 30, 3), (1 << 29, 2), (1 << 20, 1)])
+def test_small_tasks_run_together(activations, batches):
+    """As many as keep a gigabyte; the gradient is the same."""
+    model = merged_of(dtype=torch.float64, modules=[Shift])
+    model.activations, seen, features = activations, [], model.backbone.features
+    model.backbone.features = lambda net, batch: seen.append(batch) or features(net, batch)
+    assert_same(gradients(model, batches=batches_of(dtype=torch.float64)), reference(), **TIGHT)
+    assert len(seen) == batches
+
+
+@pytest.mark.parametrize(
+    ("loop", "modules"),
+    [
+        (Joint(order="per_task"), [Shift]),
+        (Joint(micro_batch=2), [Shift]),
+        (Joint(combine="min_norm"), [Shift]),
+        (Joint(), [partial(Surgery, deep=True, rank=2)]),
+    ],
+    ids=["per task", "micro-batches", "min norm", "inside the network"],
+)
+def test_what_needs_each_task_alone_gets_it(loop, modules):
+    model = merged_of(dtype=torch.float64, modules=modules)
+    model.activations = 1
+    with_few = loop._at_once(Silent(model, loop=loop))
+    assert with_few == 1
+
+
+def test_what_a_backward_keeps_is_counted_once_and_without_weights():
+    net, x = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3)), torch.randn(4, 5)
+    with kept_bytes(net) as kept:
+        net(x)
+    assert kept() == 4 * (x.numel() + 4 * 7)  # the input, and what tanh puts out, for itself and the layer after it
 
 
 @pytest.mark.parametrize("activation", ["sigmoid", "softmax", "clamp"])

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import adamerge
 from adamerge import Recipe, UnlabeledTasks, backbones
 from adamerge.backbones import folder as module
-from adamerge.backbones.transformers import Classifier
+from adamerge.backbones.classifiers import Classifier
 from adamerge.objectives import FeatureDistillation
 from adamerge.task_modules import Surgery, Tint
 from adamerge.types import InputError

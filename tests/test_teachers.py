@@ -441,3 +441,15 @@ def test_resume_on_other_samples_is_refused(taught):
     message = r"`ckpt_path` was trained on what the experts said of other samples: .* preprocessing of b has changed"
     with pytest.raises(InputError, match=message):
         adamerge.train(changed, ckpt_path=str(part.dir))
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_memory_is_measured_where_tasks_can_share_a_batch(pool, alike, monkeypatch):
+    def refuse(self, batches):
+        raise InputError("no")
+
+    if not alike:
+        monkeypatch.setattr(Module, "concatenate", refuse)
+    opened, model, *_ = opened_of(pool)
+    assert model.activations == opened.activations
+    assert (model.activations > 4 * 4 * 5) == alike  # at the least, the inputs

@@ -64,7 +64,8 @@ def test_a_task_is_in_the_layouts_of_transformers_and_datasets(task):
     data = load_from_disk(str(locate(f"demo:texts/data/{task}")))
     assert {split: len(rows) for split, rows in data.items()} == SPLITS
     assert tuple(data["test"].features["label"].names) == TASKS[task].classes
-    assert data["test"][:]["text"] == samples(task)["test"][0]
+    if task not in ("kinds", "libraries"):  # of what is installed, which may be another version than when it was made
+        assert data["test"][:]["text"] == samples(task)["test"][0]
 
 
 def test_the_base_has_a_pooler_and_no_classifier():

@@ -1,3 +1,4 @@
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,7 +23,9 @@ class Joint(Loop):
 
     Args:
         order: `per_task` runs forward and backward task by task, with one task's activations in memory at a time;
-            `concatenated` runs all tasks as one batch; `auto` is per_task for the leaf merge and concatenated for swap.
+            `concatenated` runs all tasks as one batch; `auto` runs several tasks as one batch as long as they keep
+            little for their backward (an eighth of a GPU's memory, 1 GB elsewhere), where that was measured, and goes
+            task by task where it was not; with the swap merge, all are one batch.
         micro_batch: At most this many samples of a task at once; the result is the same up to rounding. Objectives that
             filter samples cost one more forward then, to know their counts first.
         combine: How the tasks' gradients of the rule become one: their `sum`, or the shortest vector in their convex
@@ -70,6 +73,21 @@ class Joint(Loop):
     def _concatenates(self, module: "AdaMerge") -> bool:
         return self.order == "concatenated" or (self.order == "auto" and module.model.apply_mode == "swap")
 
+    def _at_once(self, module: "AdaMerge") -> int:
+        """How many tasks run as one batch, at most."""
+        model, tasks = module.model, len(module.model.tasks)
+        if self._concatenates(module):
+            return tasks
+        inside = any(part.inside for task in model.tasks for part in model.chain(task))
+        alone = inside or module.block_names or self.micro_batch or self.combine == "min_norm"
+        if self.order == "per_task" or not model.activations or alone:
+            return 1
+        if model.device.type == "cuda":
+            room = torch.cuda.get_device_properties(model.device).total_memory // 8
+        else:
+            room = 1 << 30  # on CPUs, larger batches fall out of the caches and run slower, not faster
+        return max(1, room // model.activations)
+
     def step(self, module: "AdaMerge", batches: Mapping[str, Batch]) -> Tensor:
         tally, apart = Tally(), []
         with module.step(batches) as step:
@@ -85,17 +103,19 @@ class Joint(Loop):
 
     def passes(self, module: "AdaMerge", step: Step, tally: Tally, batches: Mapping[str, Batch]) -> Iterator[None]:
         """Send the tasks' losses backward, stopping after every task, or once where all are one batch."""
-        if self._concatenates(module):
-            losses = []
-            for out in module.respond_to_all(batches):
+        groups = math.ceil(len(batches) / self._at_once(module))
+        if groups == len(batches) and not self._concatenates(module):
+            for task, batch in batches.items():
+                with module.model.attached(task):
+                    self._task(module, step, tally, task, batch)
+                yield
+            return
+        for group in range(groups):
+            losses, tasks = [], list(batches)[group::groups]
+            for out in module.respond_to_all({task: batches[task] for task in tasks}):
                 terms = module.terms(out, batches[out.task])
                 losses.append(tally.loss(out.task, terms, sum_over_ranks(counts_of(terms))))
             step.backward(torch.stack(losses).sum())
-            yield
-            return
-        for task, batch in batches.items():
-            with module.model.attached(task):
-                self._task(module, step, tally, task, batch)
             yield
 
     def _task(self, module: "AdaMerge", step: Step, tally: Tally, task: str, batch: Batch) -> None:
