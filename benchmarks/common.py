@@ -39,16 +39,28 @@ def company() -> str:
     return f"; other processes took {max(0.0, busy - own) / wall / (os.cpu_count() or 1):.0%} of the machine meanwhile"
 
 
+def resident(field: str, process: int | str = "self") -> int:
+    """Bytes that a process holds in memory (`VmRSS`) or has held at the peak (`VmHWM`) (Linux)."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return 1024 * next((int(line.split()[1]) for line in lines if line.startswith(field)), 0)
+
+
+def available() -> int:
+    """Bytes of memory that the machine has left (Linux)."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+
+
+def forget_peak() -> None:
+    """The peak counts from here. `ru_maxrss` would not do: a process starts with that of the one that started it."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def added_memory(call: Callable[[], Any], *, repeats: int = 3) -> int:
     """Bytes that the peak of a few calls adds to what stood before them (Linux)."""
-
-    def resident(field: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
-
     gc.collect()
     before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    forget_peak()
     for _ in range(repeats):
         call()
     return resident("VmHWM") - before

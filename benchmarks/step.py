@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 from common import added_memory, company, median_seconds, show
+from merges import Summed
 from torch import Tensor, nn
 
 from adamerge.backbones import Module
@@ -47,13 +48,6 @@ class Encoder(nn.Module):
         """Features of a batch."""
         tokens = torch.cat([self.first.expand(len(patches), -1, -1), self.patch(patches)], 1)
         return self.norm(self.blocks(tokens + self.place)[:, 0])
-
-
-class Summed(AdaMerge):
-    """Needs no trainer. Left out are logging and the watch for non-finite values: T + 1 comparisons of scalars."""
-
-    def report(self, values, penalties):
-        return torch.stack([value for terms in values.values() for value in terms.values()]).sum()
 
 
 torch.manual_seed(0)

@@ -5,9 +5,17 @@ time to fill the cache counts. `at every step`: the merged encoder and every exp
 held in memory. At most the number of encoder passes then, over those that are needed, can be gained.
 
     python benchmarks/surgery.py
+    python benchmarks/surgery.py --peer [--pictures 1000] [--run 20] [--small]
+
+`--peer` compares with FusionBench, on random weights and pictures: the loop of its surgery algorithm's `run`, on given
+coefficients and with its own adapters. There the merged tower and the expert see 16 pictures of every task at each of
+1000 steps. Ours encodes each picture once by both towers, and steps on what it kept. Both are reckoned from a few steps
+(`--run`; 1000 for all), and the number of pictures of a task (`--pictures`) decides how much is gained.
 """
 
+import argparse
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,7 +28,10 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from arms import PEER, WORKER, Clock, measured
 from common import CONFIGS, company, quiet, show
+from merges import Summed, merged, run
+from vit import INIT, Inputs
 
 import adamerge
 from adamerge import training
@@ -28,12 +39,16 @@ from adamerge.checkpoints import State
 from adamerge.config import parse
 from adamerge.files import cache_dir
 from adamerge.job import Job
+from adamerge.objectives import FeatureDistillation
 from adamerge.opened import Opened
 from adamerge.recipe import Recipe
+from adamerge.rules import LayerWise
+from adamerge.task_modules import Surgery
 from adamerge.teachers import Keeper
+from adamerge.types import KEPT, TaskInfo
 
 FILES = [CONFIGS / "demo.yaml", CONFIGS / "recipes" / "zoo_surgery.yaml"]
-REPEATS = 3
+REPEATS, STEPS = 3, 1000
 AIM = 0.8  # of what can be gained
 
 
@@ -77,7 +92,84 @@ def trained(folder: str, *, kept: bool, decoded: bool) -> tuple[float, dict[str,
     return seconds[0], {n: p.detach().clone() for n, p in run.learned.learnables().items()}
 
 
+def adapters(inputs: Inputs) -> Summed:
+    """Surgery on a frozen layer-wise merge, on features of length one as in FusionBench."""
+    model = merged(inputs, lambda vectors: LayerWise(vectors, init=INIT, trainable=False), before_head=adapter)
+    return Summed(model, objectives=[FeatureDistillation(loss="l1", normalize=True)], teachers=Told())
+
+
+def adapter(inputs: Inputs, task: str) -> Surgery:
+    return Surgery(TaskInfo(task, width=inputs.config.projection_dim), rank=16, normalize=True)
+
+
+class Told:
+    """Stands for teachers: what the experts say is in the batches."""
+
+    blocks = ()
+
+
+@torch.no_grad()
+def encode(inputs: Inputs, clock: Clock) -> None:
+    """Each step encodes a batch of every task by the merged tower and by the expert."""
+    model, experts = adapters(inputs).model, {task: inputs.expert(task).eval() for task in inputs.tasks}
+    with model.applied() as net:
+        for _ in range(clock.steps):
+            clock.mark()
+            for task, pixels in inputs.batches.items():
+                for tower in (net, experts[task]):
+                    model.backbone.features(tower, {"pixels": pixels})
+
+
+def adapt(inputs: Inputs, clock: Clock) -> None:
+    """Each step is on kept features of every task."""
+    size = (inputs.options["images"], inputs.config.projection_dim)
+    batches = {task: {KEPT: torch.randn(size), "expert.features": torch.randn(size)} for task in inputs.tasks}
+    run(adapters(inputs), batches, clock)
+
+
+ARMS = {"encode": encode, "adapt": adapt}
+
+
+def against_peer(shape: str, pictures: int, steps: int) -> None:
+    """The table of FusionBench's loop and ours."""
+    with tempfile.TemporaryDirectory() as name:
+        inputs = Inputs.write(Path(name), shape=shape, tasks=8, images=16)
+        said = inputs.describe()
+        given = {"warm": 1, "steps": steps}
+        theirs = measured(WORKER, "surgery", inputs.folder, peer=True, **given)
+        ours = {arm: measured(__file__, arm, inputs.folder, **given).step for arm in ARMS}
+    every = STEPS * theirs.step
+    kept = ours["encode"] * pictures / 16 + STEPS * ours["adapt"]
+    show(
+        f"Seconds of {STEPS} steps of Surgery: adamerge and {PEER}",
+        f"{said}; reckoned from the medians of {steps} steps: FusionBench's {theirs.step:.4f} s; ours "
+        f"{ours['adapt']:.4f} s, and {ours['encode']:.4f} s to encode 16 pictures of each task once{company()}",
+        ["way", "seconds", "pictures per task and encoder", "gain"],
+        [
+            ["FusionBench", f"{every:,.1f}", f"{16 * STEPS:,}", "1.0"],
+            ["adamerge, kept", f"{kept:,.1f}", f"{pictures:,}", f"{every / kept:.1f}"],
+        ],
+    )
+
+
 def main() -> None:
+    if sys.argv[1:2] and sys.argv[1] in ARMS:
+        Clock.run(ARMS, sys.argv[1:])
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", action="store_true", help="compare with FusionBench")
+    parser.add_argument("--pictures", type=int, default=1000, help="of each task")
+    parser.add_argument("--run", type=int, default=20, help="steps that the times are reckoned from")
+    parser.add_argument("--small", action="store_true", help="a small tower")
+    asked = parser.parse_args()
+    if asked.peer:
+        against_peer("small" if asked.small else "ViT-B/32", asked.pictures, asked.run)
+    else:
+        on_the_zoo()
+
+
+def on_the_zoo() -> None:
+    """The table of the shipped recipe, kept features against encoders at every step."""
     quiet()
     zoo, heads = cache_dir() / "demo", cache_dir() / "heads"
     times: dict[tuple[bool, bool], list[float]] = {}
