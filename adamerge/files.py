@@ -108,7 +108,7 @@ def _sizes(folder: Path) -> dict[str, int]:
 def _is_whole(folder: Path) -> bool:
     try:
         manifest = json.loads((folder / _MANIFEST).read_text())
-        return all((folder / name).stat().st_size == size for name, size in manifest.items())
+        return all(os.path.getsize(os.path.join(folder, name)) == size for name, size in manifest.items())
     except (OSError, ValueError, AttributeError):
         return False
 

@@ -431,3 +431,15 @@ def test_evaluation_batches_are_of_like_length_and_whole(tmp_path, world_size):
     assert sorted(spreads)[len(spreads) // 2] <= 5 * world_size
     plain = UnlabeledTasks({"a": data.tasks["a"]}, eval_batch_size=5, bucket_by_length=False)
     assert next(iter(plain.eval_loaders()["a"]))["text"] == [row["text"] for row in rows[:5]]
+
+
+def test_a_demo_is_looked_up_once_for_all_splits(monkeypatch, tmp_path):
+    rows = datasets.Dataset.from_list(ROWS)
+    datasets.DatasetDict(train=rows, test=rows).save_to_disk(str(tmp_path / "saved"))
+    asked = []
+    monkeypatch.setattr("adamerge.data.opening.locate", lambda source: asked.append(source) or tmp_path / "saved")
+    data = HFDataset("demo:pool/texts", classes=["bad", "good"])
+    for split in ("train", "test"):
+        data.peek(split)
+        assert len(data.split(split)) == len(ROWS)
+    assert asked == ["demo:pool/texts"]

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ class Source:
 
     def expression(self, name: str) -> str:
         """What stands for a split by the name that the run calls it."""
-        whole = isinstance(self._path, str) and self._folder().is_file() and name not in self._splits
+        whole = isinstance(self._path, str) and self._folder.is_file() and name not in self._splits
         return "train" if whole else self._splits.get(name, name)
 
     def open(self, expression: str) -> Any:
@@ -103,15 +104,16 @@ class Source:
 
     def _saved(self) -> list[str]:
         """The splits in a folder of `save_to_disk`; none of other data."""
-        index = self._folder() / "dataset_dict.json"
+        index = self._folder / "dataset_dict.json"
         return list(json.loads(index.read_text())["splits"]) if index.exists() else []
 
     def _not_here(self) -> str:
         """The end of a message that a data set was not found: that the path names nothing on this machine either."""
-        if isinstance(self._path, Mapping) or self._path.startswith("demo:") or self._folder().exists():
+        if isinstance(self._path, Mapping) or self._path.startswith("demo:") or self._folder.exists():
             return ""
         return f" There is no folder or file '{self._path}' here either."
 
+    @cached_property
     def _folder(self) -> Path:
         assert isinstance(self._path, str)
         return locate(self._path) if self._path.startswith("demo:") else Path(self._path).expanduser()
@@ -120,7 +122,7 @@ class Source:
         import datasets
 
         name = expression.partition("[")[0]
-        if isinstance(self._path, Mapping) or self._folder().exists() or _suffix(Path(self._path)) in _READERS:
+        if isinstance(self._path, Mapping) or self._folder.exists() or _suffix(Path(self._path)) in _READERS:
             found = self._load(name, stream=1)
             if len(found) == 0:
                 raise InputError(f"The split '{name}' of the data set '{self}' has no samples.")
@@ -142,7 +144,7 @@ class Source:
             if name not in self._path:
                 raise MissingSplit(f"There is no split '{name}'; `path` has a file for {', '.join(self._path)}.")
             return self._read(_file_options(Path(self._path[name]), name), expression, stream)
-        folder = self._folder()
+        folder = self._folder
         if (folder / "dataset_dict.json").exists():
             there = self._saved()
             if name not in there:
