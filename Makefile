@@ -41,9 +41,18 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/products.py
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/sizes.py
+	$(BIN)/python benchmarks/peers.py
+	$(BIN)/python benchmarks/peers.py --images 16
+	$(BIN)/python benchmarks/peers.py --limit-tasks
+	$(BIN)/python benchmarks/concrete.py
+	$(BIN)/python benchmarks/loader.py
+	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/growth.py
+	$(BIN)/python benchmarks/optimizers.py
 	$(BIN)/python benchmarks/preflight.py
 	$(BIN)/python benchmarks/digits.py
 	$(BIN)/python benchmarks/surgery.py
+	$(BIN)/python benchmarks/surgery.py --peer
 	$(BIN)/python benchmarks/zoo.py
 
 clean:

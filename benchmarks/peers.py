@@ -8,7 +8,7 @@ gradients of the first step are asserted to be the same. Each arm runs in a proc
 Memory is measured twice: as processes are by default, where the C library keeps much of what is freed, and with
 `MALLOC_MMAP_THRESHOLD_=65536`, where all of it goes back to the machine, in two steps whose times are not used.
 
-    python benchmarks/peers.py [--images 2|16] [--tasks 8] [--steps 5] [--small] [--only ARM ...]
+    python benchmarks/peers.py [--images 2|16] [--tasks 8] [--steps 5] [--small] [--only ARM ...] [--plot FILE]
     python benchmarks/peers.py --limit-tasks [GiB]
 
 `--limit-tasks` finds the largest T at which FusionBench's process stays within so much memory, or within what the
@@ -18,7 +18,7 @@ machine has left if that is less: reckoned from two small T, then run there, and
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -86,7 +86,7 @@ NARROW: dict[str, Arm] = {
 ARMS = PLAIN | OURS | NARROW
 
 
-def compare(inputs: Inputs, steps: int, arms: Sequence[str]) -> None:
+def compare(inputs: Inputs, steps: int, arms: Sequence[str], plot: Path | None) -> None:
     """The table of these arms."""
     found = {arm: compared(__file__, arm, inputs.folder, steps) for arm in arms}
     peer, _ = found["FusionBench"] = compared(WORKER, "layer_wise", inputs.folder, steps, peer=True)
@@ -103,6 +103,22 @@ def compare(inputs: Inputs, steps: int, arms: Sequence[str]) -> None:
         ["step", "seconds", "to the best plain", "FusionBench's over it", *MEMORY, "peak, nothing given back"],
         rows,
     )
+    if plot is not None:
+        draw(inputs, {arm: each for arm, (each, _) in found.items()}, plot)
+
+
+def draw(inputs: Inputs, found: Mapping[str, Measured], file: Path) -> None:
+    """A bar for each arm's step."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 0.6 + 0.32 * len(found)), layout="constrained")
+    axes = figure.subplots()
+    colors = ["#d55e00" if arm == "FusionBench" else "#0072b2" if arm in OURS | NARROW else "#888888" for arm in found]
+    axes.bar_label(axes.barh(list(found), [each.step for each in found.values()], color=colors), fmt=" %.2f")
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set(xlabel=f"seconds per step of {len(inputs.tasks)} tasks, {inputs.options['images']} images each")
+    figure.savefig(file, dpi=120)
 
 
 def largest(folder: Path, shape: str, gib: float) -> None:
@@ -151,6 +167,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="that are counted; one is run before them")
     parser.add_argument("--small", action="store_true", help="a small tower, to see that all works")
     parser.add_argument("--only", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM", help="these arms")
+    parser.add_argument("--plot", type=Path, help="Also draw the steps' times")
     parser.add_argument("--limit-tasks", type=float, nargs="?", const=24.0, metavar="GIB")
     asked = parser.parse_args()
     shape = "small" if asked.small else "ViT-B/32"
@@ -159,7 +176,7 @@ def main() -> None:
             largest(Path(name), shape, asked.limit_tasks)
         else:
             inputs = Inputs.write(Path(name), shape=shape, tasks=asked.tasks, images=asked.images)
-            compare(inputs, asked.steps, asked.only)
+            compare(inputs, asked.steps, asked.only, asked.plot)
 
 
 if __name__ == "__main__":

@@ -99,6 +99,27 @@ def test_objects_do_as_well(pool, tmp_path, config):
     assert (run.dir / "config.yaml").stat().st_size > 100
 
 
+ENTROPY, DISTILLATION = ([{"class_path": f"adamerge.objectives.{name}"}] for name in ("Entropy", "Distillation"))
+
+
+@pytest.mark.parametrize(
+    ("objectives", "rate"),
+    [(ENTROPY, 1e-3), (DISTILLATION, 1e-2), (SUPERVISED, 1e-2), (DISTILLATION + ENTROPY, 1e-3)],
+    ids=["entropy", "distillation", "labels", "both kinds"],
+)
+def test_the_default_rate_is_larger_where_something_guides(config, objectives, rate):
+    run = adamerge.train(config({"objectives": objectives}, trainer={"max_steps": 1}))
+    moved = (learned(run)["rule.raw_TG"] - 0.3).abs().max().item()  # Adam's first step is its rate
+    assert moved == pytest.approx(rate, rel=1e-2)
+
+
+@pytest.mark.parametrize("guided", [ENTROPY, DISTILLATION])
+def test_a_named_optimizer_is_taken_as_it_is(config, guided):
+    optimizer = {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.005}}
+    run = adamerge.train(config({"objectives": guided, "optimizer": optimizer}, trainer={"max_steps": 1}))
+    assert (learned(run)["rule.raw_TG"] - 0.3).abs().max().item() == pytest.approx(0.005, rel=1e-2)
+
+
 # --- precision
 
 
