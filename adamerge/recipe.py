@@ -121,7 +121,7 @@ class Recipe(Recorded):
         task_modules: Made for every task; applied in turn between features and head.
         objectives: What is minimised; entropy by default.
         loop: How one step goes through the tasks.
-        optimizer: Makes the optimiser of the learnables.
+        optimizer: Makes the optimiser of the learnables; by default Adam (`module.adam`).
         lr_scheduler: Makes a schedule that advances every optimiser step.
         train: Regular expression of the names of the learnables that are trained, from their beginning; all by default.
         phases: Stretches of the run, one after the other, that train different learnables; one by default.

@@ -1,7 +1,6 @@
 """Products of task vectors in C: the same numbers as torch's, and torch's where they cannot be had."""
 
 import math
-import os
 import shutil
 import subprocess
 
@@ -113,15 +112,3 @@ def test_without_it_products_are_torchs(why, tmp_path, monkeypatch):
     assert native._library() is None
     found = DenseDeltas(torch.ones(2, 3)).combine(torch.tensor([1.0, 2.0]), torch.ones(3))
     assert found.tolist() == [4.0] * 3
-
-
-@needs_compiler
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-@pytest.mark.usefixtures("two_threads")
-def test_a_forked_process_has_threads_of_its_own():
-    delta_TN, coef_T = torch.ones(2, LARGE), torch.ones(2)
-    assert native.combine(delta_TN, coef_T, None).eq(2).all()
-    child = os.fork()
-    if child == 0:
-        os._exit(0 if native.combine(delta_TN, coef_T, None)[-1] == 2 else 1)
-    assert os.waitpid(child, 0)[1] == 0
