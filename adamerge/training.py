@@ -4,6 +4,7 @@ import logging
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -114,7 +115,8 @@ def _execute(job: Job, commits: dict[tuple[str, str], str]) -> Run:
     checkpoint, held = read_checkpoint(job.ckpt_path)
     opened, batches = _open(trainer, job, commits), job.data.stream()[0]
     job.data.eval_loaders(trainer.global_rank, trainer.world_size)  # a missing or too small split is said now
-    opened.probe(batches, device)
+    with trainer.precision_plugin.forward_context() if "mixed" in str(trainer.precision) else nullcontext():
+        opened.probe(batches, device)
     raw = opened.load_vectors()
     model = trainer.precision_plugin.convert_module(opened.merged(raw)).to(device)
     teachers = Teachers(opened, model)

@@ -63,8 +63,7 @@ def drawn_as_the_peer(clock: Clock, number: int) -> Iterator[None]:
 
 
 OURS: dict[str, Callable[[Inputs, Clock], None]] = {
-    "adamerge, leaf": lambda inputs, clock: ours(inputs, clock, "leaf", Bilevel()),
-    "adamerge, leaf, concatenated": lambda inputs, clock: ours(inputs, clock, "leaf", Bilevel(order="concatenated")),
+    "adamerge": lambda inputs, clock: ours(inputs, clock, "leaf", Bilevel()),
     "adamerge, swap": lambda inputs, clock: ours(inputs, clock, "swap", Bilevel()),
 }
 
@@ -81,7 +80,7 @@ def compare(inputs: Inputs, steps: int) -> None:
         f"A Concrete AdaMerging step, mask and layer-wise coefficients: adamerge and {PEER}",
         f"{inputs.describe()} for the coefficients and as many for the mask; medians of {steps} steps; norms and sums "
         f"of the mask's first gradients differ by {apart:.0e} at most (asserted: {TOLERANCE:.0e}){company()}",
-        ["step", "seconds", "FusionBench's over it", *MEMORY, "peak, nothing given back"],
+        ["step", "seconds", "FusionBench's over it", *MEMORY, "MB at the peak by default"],
         rows,
     )
 

@@ -47,6 +47,7 @@ def merged(
     rule: Callable[[TaskVectors], MergeRule],
     *,
     before_head: Callable[[Inputs, str], TaskModule] | None = None,
+    narrow: bool = False,
     **options: Any,
 ) -> MergedModel:
     """The task vectors in memory; of the experts, one tensor is made at a time."""
@@ -57,7 +58,7 @@ def merged(
     vectors = TaskVectors.load(ParamSpace.of(net), base, experts)
     first = {task: [before_head(inputs, task)] if before_head else [] for task in inputs.tasks}
     chains = {task: [*first[task], backbone.head(TaskInfo(task))] for task in inputs.tasks}
-    with kept_bytes(net) as kept:  # as a run does, for `order: auto`
+    with kept_bytes(net) as kept, torch.autocast("cpu", torch.bfloat16, enabled=narrow):  # as a run does
         backbone.features(net, {"pixels": inputs.batches[inputs.tasks[0]]})
     model = MergedModel(backbone, net, vectors, rule(vectors), chains, **options).train()
     model.activations = kept()

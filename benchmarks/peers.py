@@ -39,7 +39,7 @@ GIB = 2**30
 
 
 def ours(inputs: Inputs, clock: Clock, *, order: str = "auto", mode: str = "leaf", narrow: bool = False) -> None:
-    model = merged(inputs, lambda vectors: LayerWise(vectors, init=INIT), apply_mode=mode)
+    model = merged(inputs, lambda vectors: LayerWise(vectors, init=INIT), apply_mode=mode, narrow=narrow)
     clock.first_gradient({"coefficients": model.rule.raw_TG})
     batches = {task: {"pixels": pixels} for task, pixels in inputs.batches.items()}
     run(Summed(model, loop=Joint(order=order)), batches, clock, narrow=narrow)
@@ -55,7 +55,7 @@ def plain(inputs: Inputs, clock: Clock, *, concatenated: bool = False, narrow: b
 
     def features(pixels: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
-            return backbone.features(net, {"pixels": pixels})
+            return backbone.features(net, {"pixels": pixels}).float()
 
     for _ in range(clock.steps):
         clock.mark()
@@ -100,7 +100,7 @@ def compare(inputs: Inputs, steps: int, arms: Sequence[str], plot: Path | None) 
         f"A layer-wise AdaMerging step: adamerge, {PEER}, and a plain forward and backward",
         f"{inputs.describe()}; medians of {steps} steps; the first gradients of the coefficients differ by "
         f"{apart:.0e} of their norm at most (asserted: {TOLERANCE:.0e}){company()}",
-        ["step", "seconds", "to the best plain", "FusionBench's over it", *MEMORY, "peak, nothing given back"],
+        ["step", "seconds", "to the best plain", "FusionBench's over it", *MEMORY, "MB at the peak by default"],
         rows,
     )
     if plot is not None:
@@ -123,7 +123,7 @@ def draw(inputs: Inputs, found: Mapping[str, Measured], file: Path) -> None:
 
 def largest(folder: Path, shape: str, gib: float) -> None:
     """The table of the largest T that FusionBench has memory for, and of ours at the same T."""
-    one = {"warm": 0, "steps": 1, "thrifty": True}
+    one = {"warm": 0, "steps": 1}
 
     def write(tasks: int) -> Inputs:
         return Inputs.write(folder, shape=shape, tasks=tasks, images=2)
@@ -152,7 +152,7 @@ def largest(folder: Path, shape: str, gib: float) -> None:
     ]
     show(
         f"The most tasks that {PEER} has memory for within {limit / GIB:.1f} GiB: {tasks}; {tasks + 1} were too many",
-        f"{inputs.describe()}; one step, the first, and what is freed goes back to the machine; reckoned from 2 and 6 "
+        f"{inputs.describe()}; one step, the first; reckoned from 2 and 6 "
         f"tasks, {(more - few) / 4e6:.0f} MB each: {reckoned[limit]}, and {reckoned[int(gib * GIB)]} within {gib:g} "
         f"GiB; the gradients differ by {apart:.0e} of their norm{company()}",
         [f"step of {tasks} tasks", "seconds", "FusionBench's over it", *MEMORY],

@@ -24,7 +24,7 @@ class Joint(Loop):
     Args:
         order: `per_task` runs forward and backward task by task, with one task's activations in memory at a time;
             `concatenated` runs all tasks as one batch; `auto` runs several tasks as one batch as long as they keep
-            little for their backward (an eighth of a GPU's memory, 1.5 GB elsewhere), where that was measured, and goes
+            little for their backward (an eighth of a GPU's memory, 1 GB elsewhere), where that was measured, and goes
             task by task where it was not; with the swap merge, all are one batch.
         micro_batch: At most this many samples of a task at once; the result is the same up to rounding. Objectives that
             filter samples cost one more forward then, to know their counts first.
@@ -85,7 +85,7 @@ class Joint(Loop):
         if model.device.type == "cuda":
             room = torch.cuda.get_device_properties(model.device).total_memory // 8
         else:
-            room = 3 << 29  # on CPUs, larger batches run slower, not faster: see docs/performance.md
+            room = 1 << 30  # on CPUs, larger batches run slower, not faster: see docs/performance.md
         return max(1, room // model.activations)
 
     def step(self, module: "AdaMerge", batches: Mapping[str, Batch]) -> Tensor:
