@@ -32,10 +32,11 @@ _SMALL = 1 << 16  # elements of a product that further threads would not make fa
 def combine(delta_TN: Tensor, coef_T: Tensor, base_N: Tensor | None) -> Tensor | None:
     """Sum over t of coef[t] * delta[t], plus the base: [N] fp32; None where this file has nothing for these tensors."""
     coef_T = coef_T.contiguous()
-    library = _library_for(delta_TN, coef_T, base_N)
+    library = _library_for(delta_TN, (coef_T, 0), (base_N, 1))
     if library is None:
         return None
-    (tasks, size), out_N = delta_TN.shape, torch.empty(delta_TN.shape[1])
+    tasks, size = delta_TN.shape
+    out_N = torch.empty(size, dtype=torch.float32)  # whatever torch's default is at the moment
     base = None if base_N is None else base_N.data_ptr()
     product = getattr(library, f"combine_{_NAMES[delta_TN.dtype]}")
     product(out_N.data_ptr(), base, coef_T.data_ptr(), delta_TN.data_ptr(), tasks, size, _parts(delta_TN))
@@ -44,7 +45,7 @@ def combine(delta_TN: Tensor, coef_T: Tensor, base_N: Tensor | None) -> Tensor |
 
 def inner(delta_TN: Tensor, grad_N: Tensor) -> Tensor | None:
     """For each task the product of its vector and a gradient: [T] fp32; None as in `combine`."""
-    library = _library_for(delta_TN, grad_N)
+    library = _library_for(delta_TN, (grad_N, 1))
     if library is None:
         return None
     (tasks, size), parts = delta_TN.shape, _parts(delta_TN)
@@ -54,11 +55,14 @@ def inner(delta_TN: Tensor, grad_N: Tensor) -> Tensor | None:
     return sums_PT.sum(0).float()
 
 
-def _library_for(delta_TN: Tensor, *others: Tensor | None) -> ctypes.CDLL | None:
-    tensors = [delta_TN, *(each for each in others if each is not None)]
-    known = delta_TN.dtype in _NAMES and all(each.dtype == torch.float32 for each in tensors[1:])
+def _library_for(delta_TN: Tensor, *others: tuple[Tensor | None, int]) -> ctypes.CDLL | None:
+    """None unless C can read all: plain tensors on the CPU, the others as long as an axis of the vectors, in fp32."""
+    beside = [(each, delta_TN.shape[axis]) for each, axis in others if each is not None]
+    known = delta_TN.dtype in _NAMES and all(each.dtype == torch.float32 for each, _ in beside)
+    fits = all(each.shape == (size,) for each, size in beside)
+    tensors = [delta_TN, *(each for each, _ in beside)]
     here = all(each.device.type == "cpu" and type(each) is Tensor and each.is_contiguous() for each in tensors)
-    return _library() if known and here else None
+    return _library() if known and fits and here else None
 
 
 def _parts(delta_TN: Tensor) -> int:

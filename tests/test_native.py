@@ -46,6 +46,27 @@ def test_products_are_those_of_float64(dtype, tasks, size):
 
 
 @needs_compiler
+def test_torchs_default_type_makes_no_difference():
+    """Lightning's `bf16-true` changes it for the length of a step."""
+    delta_TN = torch.ones(2, 8)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = native.combine(delta_TN, torch.ones(2, dtype=torch.float32), None)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32
+    assert found.tolist() == [2.0] * 8
+
+
+@needs_compiler
+def test_what_does_not_fit_is_not_read():
+    delta_TN = torch.ones(2, 8)
+    assert native.combine(delta_TN, torch.ones(3), None) is None
+    assert native.combine(delta_TN, torch.ones(2), torch.ones(7)) is None
+    assert native.inner(delta_TN, torch.ones(9)) is None
+
+
+@needs_compiler
 @pytest.mark.usefixtures("two_threads")
 def test_the_same_bits_every_time():
     delta_TN, coef_T, grad_N = torch.randn(5, LARGE), torch.randn(5), torch.randn(LARGE)
