@@ -4,7 +4,7 @@ VENV ?= .venv
 LOWEST ?= .venv-lowest
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-lowest lint format types bench clean
+.PHONY: demo test coverage test-lowest lint format types bench clean
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -15,6 +15,10 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m adamerge.fit --config configs/demo.yaml
 
 test: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+# The same, and which lines it runs; it takes half as long again.
+coverage: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --cov=adamerge --cov-report=term $(ARGS)
 
 # The whole suite on the oldest set of torch, lightning and transformers that is supported; pyproject.toml names them.

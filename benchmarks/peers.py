@@ -113,7 +113,8 @@ def draw(inputs: Inputs, found: Mapping[str, Measured], file: Path) -> None:
 
     figure = Figure(figsize=(7, 0.6 + 0.32 * len(found)), layout="constrained")
     axes = figure.subplots()
-    colors = ["#d55e00" if arm == "FusionBench" else "#0072b2" if arm in OURS | NARROW else "#888888" for arm in found]
+    kinds = {"plain": "#888888", "adamerge": "#0072b2", "FusionBench": "#d55e00"}
+    colors = [kinds[arm.partition(",")[0]] for arm in found]
     axes.bar_label(axes.barh(list(found), [each.step for each in found.values()], color=colors), fmt=" %.2f")
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)

@@ -225,3 +225,19 @@ def test_the_drawing_is_whole_and_has_a_ground_of_its_own():
 
 def test_the_path_of_this_file_is_in_the_guide():
     assert f"`tests/{Path(__file__).name}`" in GUIDE.read_text()
+
+
+# --- docs/performance.md
+
+
+def test_every_figure_has_a_script_and_every_script_is_run_by_make_bench():
+    scripts = {path.name for path in (ROOT / "benchmarks").glob("*.py") if "def main(" in path.read_text()}
+    page = (ROOT / "docs" / "performance.md").read_text()
+    named = {
+        script for block in blocks(ROOT / "docs" / "performance.md", "sh") for script in re.findall(r"\w+\.py", block)
+    }
+    assert named
+    assert named <= scripts
+    assert scripts == set(re.findall(r"benchmarks/(\w+\.py)", (ROOT / "Makefile").read_text()))
+    for picture in re.findall(r"\]\((\w+\.png)\)", page):
+        assert (ROOT / "docs" / picture).is_file()
