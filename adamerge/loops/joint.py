@@ -110,9 +110,10 @@ class Joint(Loop):
                     self._task(module, step, tally, task, batch)
                 yield
             return
-        for group in range(groups):
-            losses, tasks = [], list(batches)[group::groups]
-            for out in module.respond_to_all({task: batches[task] for task in tasks}):
+        tasks, size = list(batches), math.ceil(len(batches) / groups)
+        for start in range(0, len(tasks), size):  # in order, so that ranks reduce the same counts whatever their groups
+            losses = []
+            for out in module.respond_to_all({task: batches[task] for task in tasks[start : start + size]}):
                 terms = module.terms(out, batches[out.task])
                 losses.append(tally.loss(out.task, terms, sum_over_ranks(counts_of(terms))))
             step.backward(torch.stack(losses).sum())
