@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adamerge.freed import give_back
+
 
 def leaf_of(value: Any) -> Any:
     """A tensor cut from its graph, to collect its gradient; other values pass."""
@@ -60,6 +62,8 @@ class Step:
             with torch.autocast(self._device.type, enabled=False):
                 torch.stack(self._pending).sum().backward()
             self._pending = []
+            if self._device.type == "cpu":
+                give_back()
 
     def taken(self) -> dict[str, Tensor]:
         """The gradients of what was sent backward so far, by name; they do not count into those of the whole step.

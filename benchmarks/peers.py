@@ -9,7 +9,10 @@ Memory is measured twice: as processes are by default, where the C library keeps
 `MALLOC_MMAP_THRESHOLD_=65536`, where all of it goes back to the machine, in two steps whose times are not used.
 
     python benchmarks/peers.py [--images 2|16] [--tasks 8] [--steps 5] [--small] [--only ARM ...] [--plot FILE]
+    python benchmarks/peers.py --peaks 5 [--images 16]
     python benchmarks/peers.py --limit-tasks [GiB]
+
+By default a peak moves from process to process. `--peaks` takes turns with FusionBench and ours, and takes medians.
 
 `--limit-tasks` finds the largest T at which FusionBench's process stays within so much memory, or within what the
 machine has left if that is less: reckoned from two small T, then run there, and with one task more.
@@ -21,6 +24,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 import torch
 from arms import MEMORY, PEER, WORKER, Clock, Measured, TooLarge, assert_same, compared, measured
@@ -122,6 +126,27 @@ def draw(inputs: Inputs, found: Mapping[str, Measured], file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
+def peaks(inputs: Inputs, number: int) -> None:
+    """The table of both peaks, of so many processes each, as processes are by default."""
+    found: dict[str, list[int]] = {"FusionBench": [], "adamerge": []}
+    for _ in range(number):
+        for arm, each in found.items():
+            peer = arm == "FusionBench"
+            script, name = (WORKER, "layer_wise") if peer else (__file__, arm)
+            each.append(measured(script, name, inputs.folder, warm=1, steps=1, peer=peer).peak)
+    theirs = median(found["FusionBench"])
+    rows = []
+    for arm, each in found.items():
+        sizes = [f"{size / 1e6:,.0f}" for size in (median(each), min(each), max(each))]
+        rows.append([arm, *sizes, f"{median(each) / theirs:.2f}", f"{median(each) / min(found['FusionBench']):.2f}"])
+    show(
+        f"Peak memory of processes as they are by default: adamerge and {PEER}",
+        f"{inputs.describe()}; medians of {number} processes of two steps each{company()}",
+        ["process", "MB, median", "least", "most", "to FusionBench's median", "to its least"],
+        rows,
+    )
+
+
 def largest(folder: Path, shape: str, gib: float) -> None:
     """The table of the largest T that FusionBench has memory for, and of ours at the same T."""
     one = {"warm": 0, "steps": 1}
@@ -169,6 +194,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a small tower, to see that all works")
     parser.add_argument("--only", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM", help="these arms")
     parser.add_argument("--plot", type=Path, help="Also draw the steps' times")
+    parser.add_argument("--peaks", type=int, help="compare the peaks of so many processes")
     parser.add_argument("--limit-tasks", type=float, nargs="?", const=24.0, metavar="GIB")
     asked = parser.parse_args()
     shape = "small" if asked.small else "ViT-B/32"
@@ -177,7 +203,7 @@ def main() -> None:
             largest(Path(name), shape, asked.limit_tasks)
         else:
             inputs = Inputs.write(Path(name), shape=shape, tasks=asked.tasks, images=asked.images)
-            compare(inputs, asked.steps, asked.only, asked.plot)
+            peaks(inputs, asked.peaks) if asked.peaks else compare(inputs, asked.steps, asked.only, asked.plot)
 
 
 if __name__ == "__main__":
