@@ -23,6 +23,7 @@ from adamerge.loops import Bilevel, Joint, PerTask
 from adamerge.module import AdaMerge
 from adamerge.objectives import Entropy
 from adamerge.rules import Concrete, LayerWise, MergeRule, TaskWise
+from adamerge.rules import concrete as concrete_rule
 from adamerge.seeding import seed_of
 from adamerge.task_modules import Surgery
 from adamerge.types import InputError
@@ -120,6 +121,25 @@ def test_noise_depends_on_seed_and_tensor_alone():
     state = torch.get_rng_state()
     rule.mask(NAME)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_both_levels_of_a_bilevel_step_share_one_draw(monkeypatch):
+    drawn, original = [], concrete_rule._logistic
+    monkeypatch.setattr(concrete_rule, "_logistic", lambda like, seed: drawn.append(seed) or original(like, seed))
+    model = merged_of(rule=partial(Concrete, rule=RULES["layer-wise"]))
+    train_only(model, "rule.logits")
+    fitted(AdaMerge(model, loop=Bilevel(), optimizer=SLOW), steps=2)
+    assert len(drawn) == len(set(drawn)) == 2 * len(model.vectors.space.shapes)
+    assert not model.rule._kept
+
+
+def test_a_shared_draw_is_not_taken_for_other_logits():
+    rule = concrete(0.0).requires_grad_(False)
+    rule._drawn = 5
+    first = rule.mask(NAME)
+    assert torch.equal(rule.mask(NAME), first)
+    rule.logits[NAME.replace(".", "/")].add_(1.0)
+    assert (rule.mask(NAME) > first).all()
 
 
 def test_a_step_draws_anew_each_time_and_the_same_again():

@@ -1,7 +1,7 @@
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +77,7 @@ class Concrete(MergeRule):
         )
         self._temperature, self._evaluation, self._seed, self._density = temperature, evaluation, seed, density
         self._drawn: int | None = None
+        self._kept: dict[str, tuple[Any, Tensor]] = {}  # of `_draw`: what a mask was made of, and the mask
         self.saved_as = MappingProxyType({"logits.": getattr(torch, saved_as)})
 
     def draw_(self, seed: int | None) -> None:
@@ -96,12 +97,23 @@ class Concrete(MergeRule):
         """One tensor's mask as it stands, [*S] in [0, 1], before it is divided by its mean."""
         logits = self.logits[_key(name)]
         if self._drawn is not None:
-            return torch.sigmoid((logits + _logistic(logits, seed_of(self._drawn, name))) / self._temperature)
+            return self._draw(name, logits, seed_of(self._drawn, name))
         if self._evaluation == "threshold":
             return (logits >= 0).to(logits.dtype)
         if self._evaluation == "sampled":
             return (logits + _logistic(logits, seed_of(self._seed, name)) >= 0).to(logits.dtype)
         return torch.sigmoid(logits)
+
+    def _draw(self, name: str, logits: Tensor, seed: int) -> Tensor:
+        """A relaxed draw; one that needed no gradient, for the coefficients' own step, serves once more."""
+        made_of = seed, logits.data_ptr(), logits._version
+        was_of, mask = self._kept.pop(name, (None, None))
+        if was_of != made_of:
+            mask = None
+        drawn: Tensor = _Relaxed.apply(logits, self._temperature, seed, mask)
+        if not logits.requires_grad:
+            self._kept[name] = made_of, drawn
+        return drawn
 
     def coefficients(self) -> Tensor | None:
         return self.inner.coefficients()
@@ -115,6 +127,25 @@ class Concrete(MergeRule):
         total = sum(logits.numel() for logits in self.logits.values())
         kept = torch.stack([torch.sigmoid(logits).sum() for logits in self.logits.values()]).sum()
         return {**self.inner.penalty(), "density": self._density * kept / total}
+
+
+class _Relaxed(torch.autograd.Function):
+    """sigmoid((logits + noise) / temperature), [*S], made in the memory of its result unless it is given."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, temperature: float, seed: int, mask: Tensor | None) -> Tensor:
+        if mask is None:
+            mask = _logistic(logits, seed).add_(logits).div_(temperature).sigmoid_()
+        else:
+            mask = mask.view_as(mask)  # autograd wants a tensor of its own
+        ctx.temperature = temperature
+        ctx.save_for_backward(mask)
+        return mask
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (mask,) = ctx.saved_tensors
+        return torch.ops.aten.sigmoid_backward(grad, mask).div_(ctx.temperature), None, None, None
 
 
 def _key(name: str) -> str:
