@@ -123,7 +123,8 @@ class Source:
 
         name = expression.partition("[")[0]
         if isinstance(self._path, Mapping) or self._folder.exists() or _suffix(Path(self._path)) in _READERS:
-            found = self._load(name, stream=1)
+            saved = isinstance(self._path, str) and self._saved()  # whole at the price of a few
+            found = self.open(name) if saved else self._load(name, stream=1)
             if len(found) == 0:
                 raise InputError(f"The split '{name}' of the data set '{self}' has no samples.")
             return found

@@ -42,6 +42,11 @@ class Prepared(Dataset[Mapping[str, Any]]):
         return self._memory.size if self._memory is not None else 0
 
     @property
+    def remembers(self) -> bool:
+        """Samples are kept once they are prepared, so that nothing is drawn at random for them."""
+        return self._memory is not None
+
+    @property
     def fingerprint(self) -> str | None:
         """Of the raw samples; None where it is not known."""
         return getattr(self._samples, "fingerprint", None)
@@ -86,6 +91,7 @@ class _Memory:
     """N samples of one layout in shared anonymous memory, each with a flag that it is there."""
 
     def __init__(self, layout: Mapping[str, tuple[torch.Size, torch.dtype]], number: int) -> None:
+        self._layout = dict(layout)
         self._columns = {name: _shared((number, *shape), dtype) for name, (shape, dtype) in layout.items()}
         self._there = _shared((number,), torch.bool)
 
@@ -108,10 +114,9 @@ class _Memory:
         return {name: value if value.dim() else value.item() for name, value in held.items()}
 
     def put(self, index: int, sample: Mapping[str, Any]) -> None:
-        layout = {name: _layout(value) for name, value in sample.items()}
-        if layout == {name: (column.shape[1:], column.dtype) for name, column in self._columns.items()}:
+        if self._layout == {name: _layout(value) for name, value in sample.items()}:
             for name, column in self._columns.items():
-                column[index] = torch.as_tensor(sample[name])
+                column[index] = sample[name]
             self._there[index] = True  # last: two workers may write the same bytes, none reads half a sample
 
 
