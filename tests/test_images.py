@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from adamerge.data import HFDataset, ImageFolder, UnlabeledTasks
+from adamerge.data import HFDataset, ImageFolder, StepStream, UnlabeledTasks
 from adamerge.data.prepared import Prepared
 from adamerge.types import InputError
 
@@ -288,6 +288,24 @@ def test_a_sample_of_another_shape_is_not_remembered():
     assert samples[2]["image"].shape == (7,)
     assert samples[2]["image"].shape == (7,)
     assert samples[1]["image"].shape == (3,)
+
+
+def test_a_step_reads_together_what_it_will_remember():
+    class Together(Counted):
+        def __getitems__(self, indices):
+            batches.append(list(indices))
+            return [self[index] for index in indices]
+
+    batches, alone = [], Together()
+    raw = Together()
+    one = StepStream({"a": Prepared(alone, to_bytes)}, batch_size=2, seed=3, labels=True)
+    many = StepStream({"a": Prepared(raw, to_bytes, limit=1000)}, batch_size=2, seed=3, labels=True)
+    for k in range(5):  # two passes over five samples
+        for name, value in one[k]["a"].items():
+            assert torch.equal(many[k]["a"][name], value)
+    assert sorted(index for batch in batches for index in batch) == list(range(5))
+    assert batches[:2] == [many[k]["a"]["label"].tolist() for k in range(2)]
+    assert "label" not in StepStream({"a": Prepared(raw, to_bytes, limit=1000)}, batch_size=2)[0]["a"]
 
 
 def test_workers_share_what_is_remembered():

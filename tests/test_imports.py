@@ -13,7 +13,7 @@ import adamerge
 PACKAGE = Path(adamerge.__file__).parent
 # A file imports only from lower layers, or from its own folder.
 LAYERS = [
-    {"types"},
+    {"types", "freed"},
     {"files", "recorded", "modules", "seeding", "terminal", "hub", "ranks", "blocks", "step", "finite"},
     {"native"},
     {"deltas"},
