@@ -47,6 +47,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/sizes.py
 	$(BIN)/python benchmarks/peers.py
 	$(BIN)/python benchmarks/peers.py --images 16
+	$(BIN)/python benchmarks/peers.py --peaks 5 --images 16
 	$(BIN)/python benchmarks/peers.py --limit-tasks
 	$(BIN)/python benchmarks/concrete.py
 	$(BIN)/python benchmarks/loader.py

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from adamerge import native
 
-CHUNK = (
-    1 << 17
-)  # elements of one task per step: the fp32 copies of a chunk of narrow vectors stay in the last-level cache
+# Elements of one task per step: the fp32 copies of a chunk of narrow vectors stay in the last-level cache.
+CHUNK = 1 << 17
 
 
 class Deltas(ABC):
@@ -77,7 +76,7 @@ class DenseDeltas(Deltas):
         coef = coef.to(self.device, dtype)
         if _is_scalar_per_task(coef.shape, self.num_tasks):
             delta_TN, coef_1T = self.stacked.reshape(self.num_tasks, -1), coef.reshape(1, -1)
-            base_N = None if base is None else base.reshape(-1)
+            base_N = None if base is None else base.reshape(-1).to(self.device, dtype)
             made_N = native.combine(delta_TN, coef_1T[0], base_N)
             if made_N is not None:
                 return made_N.view(self.shape)
@@ -87,7 +86,7 @@ class DenseDeltas(Deltas):
                 if base_N is None:
                     torch.mm(coef_1T, delta_Tn, out=out_N[None, part])
                 else:
-                    torch.addmm(base_N[None, part].to(self.device, dtype), coef_1T, delta_Tn, out=out_N[None, part])
+                    torch.addmm(base_N[None, part], coef_1T, delta_Tn, out=out_N[None, part])
             return out_N.view(self.shape)
         out = (
             torch.zeros(self.shape, dtype=dtype, device=self.device)
@@ -102,13 +101,13 @@ class DenseDeltas(Deltas):
     def _inner(self, grad: Tensor, coef_shape: torch.Size) -> Tensor:
         dtype = _accumulator(grad, self.stacked)
         if _is_scalar_per_task(coef_shape, self.num_tasks):
-            delta_TN, grad_N = self.stacked.reshape(self.num_tasks, -1), grad.reshape(-1)
+            delta_TN, grad_N = self.stacked.reshape(self.num_tasks, -1), grad.reshape(-1).to(self.device, dtype)
             made_T = native.inner(delta_TN, grad_N)
             if made_T is not None:
                 return made_T.view(coef_shape)
             out_T = torch.zeros(self.num_tasks, dtype=dtype, device=self.device)
             for start, delta_Tn in _chunks(delta_TN, dtype):
-                out_T.addmv_(delta_Tn, grad_N[start : start + delta_Tn.shape[1]].to(self.device, dtype))
+                out_T.addmv_(delta_Tn, grad_N[start : start + delta_Tn.shape[1]])
             return out_T.view(coef_shape)
         out = torch.zeros(coef_shape, dtype=dtype, device=self.device)
         grad = grad.to(self.device, dtype)

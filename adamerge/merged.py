@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from adamerge.backbones import Backbone
+from adamerge.backbones.base import input_size
 from adamerge.modules import FrozenStore, parameter_sites, put, swapped
 from adamerge.multitask import Chains, MultiTaskModel
 from adamerge.rules import MergeRule
@@ -61,11 +62,13 @@ class MergedModel(MultiTaskModel):
             backward per step.
 
     Attributes:
-        activations: Bytes that the largest batch of one task keeps for its backward, where that was measured and the
-            tasks' batches can be joined; else 0.
+        activations: Bytes that a batch of one task keeps for its backward, where that was measured and the tasks'
+            batches can be joined; else 0.
+        measured: Numbers in that batch; 0 where all batches are alike.
     """
 
     activations = 0
+    measured = 0
 
     def __init__(
         self,
@@ -102,6 +105,10 @@ class MergedModel(MultiTaskModel):
     def trainable(self) -> dict[str, nn.Parameter]:
         """All that could be trained when the model was made, whether or not it is trained now."""
         return {name: parameter for name, parameter in self.named_parameters() if name in self._trainable}
+
+    def activations_of(self, batch: Batch) -> float:
+        """Bytes that a batch keeps for its backward, in proportion to its size."""
+        return self.activations * (input_size(batch) / self.measured if self.measured else 1.0)
 
     @property
     def is_fixed(self) -> bool:

@@ -37,8 +37,8 @@ def adam(parameters: Any, *, guided: bool = False) -> Optimizer:
         guided: Every objective needs something of experts or labels.
 
     Source: AdaMerging, arXiv 2310.02575, for 1e-3 with the entropy. Deviation: 1e-2 under guidance, with which
-    distillation gets as far in a tenth of the steps (benchmarks/optimizers.py) and adapters, masks and labels gain too;
-    at 2e-2, adapters inside the network lose again. Entropy does not bear it: layer by layer, accuracy falls sooner.
+    distillation gets as far in a tenth of the steps (benchmarks/optimizers.py); at 2e-2, adapters inside the network
+    lose again. Entropy does not bear it: layer by layer, accuracy falls sooner.
     """
     return torch.optim.Adam(parameters, lr=1e-2 if guided else 1e-3)
 

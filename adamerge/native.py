@@ -1,7 +1,8 @@
 """The products of dense task vectors in C, for the CPU: compiled on first use, where there is a compiler.
 
 Torch widens narrow vectors in a pass of their own and reads what it wrote; a single pass runs at the speed of the
-memory. Without a compiler, for other types or devices, and with `ADAMERGE_NATIVE=0`, the caller takes torch's own.
+memory. Without a compiler, for other types or devices, and with `ADAMERGE_NATIVE=0`, the caller takes torch's own. As
+with torch's own threads, a process that was forked after a product must not ask for another on more than one thread.
 """
 
 import ctypes
@@ -11,14 +12,14 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from adamerge.files import cache_dir
+from adamerge.files import built_once, cache_dir
+from adamerge.types import InputError
 
 log = logging.getLogger("adamerge")
 
@@ -78,13 +79,11 @@ def _library() -> ctypes.CDLL | None:
     if compiler is None:
         log.debug("No C compiler: products of task vectors are torch's own.")
         return None
-    made_for = [_SOURCE.read_text(), compiler, *_FLAGS, _processor()]
-    path = cache_dir() / "native" / f"{hashlib.sha256(repr(made_for).encode()).hexdigest()[:32]}.so"
     try:
-        if not path.is_file():
-            _compile(compiler, path)
-        library = ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError) as error:
+        made_for = [_SOURCE.read_text(), compiler, *_FLAGS, _processor()]
+        folder = cache_dir() / "native" / hashlib.sha256(repr(made_for).encode()).hexdigest()[:32]
+        library = ctypes.CDLL(str(built_once(folder, partial(_compile, compiler)) / "native.so"))
+    except (OSError, InputError, subprocess.SubprocessError) as error:
         log.debug("Products of task vectors are torch's own: %s", error)
         return None
     place, number = ctypes.c_void_p, ctypes.c_size_t
@@ -95,18 +94,16 @@ def _library() -> ctypes.CDLL | None:
     return library
 
 
-def _compile(compiler: str, path: Path) -> None:
+def _compile(compiler: str, folder: Path) -> None:
     """Linked with no runtime for threads: that is torch's own, in this process already, so that no other competes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        unlinked, made = Path(folder) / "native.o", Path(folder) / path.name
-        steps = (
-            [*_FLAGS, "-march=native", "-fPIC", "-fopenmp", "-c", str(_SOURCE), "-o", str(unlinked)],
-            ["-shared", str(unlinked), "-o", str(made)],
-        )
-        for arguments in steps:
-            subprocess.run([compiler, *arguments], check=True, capture_output=True, timeout=60)
-        made.replace(path)  # whole or absent, also where several processes make it at once
+    unlinked, made = folder / "native.o", folder / "native.so"
+    steps = (
+        [*_FLAGS, "-march=native", "-fPIC", "-fopenmp", "-c", str(_SOURCE), "-o", str(unlinked)],
+        ["-shared", str(unlinked), "-o", str(made)],
+    )
+    for arguments in steps:
+        subprocess.run([compiler, *arguments], check=True, capture_output=True, timeout=60)
+    unlinked.unlink()
 
 
 def _processor() -> str:

@@ -1,15 +1,16 @@
 """Sources that are open and fit together, and how they become a model."""
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from adamerge.backbones.base import batch_size, num_answers, to_device
+from adamerge.backbones.base import batch_size, input_size, num_answers, to_device
 from adamerge.blocks import recorded_blocks
 from adamerge.checkpoints import State, absolute, open_state
 from adamerge.hub import commit_of, hub_id
@@ -23,6 +24,8 @@ from adamerge.vocabulary import without
 
 if TYPE_CHECKING:
     from adamerge.recipe import Recipe
+
+log = logging.getLogger("adamerge")
 
 
 @dataclass
@@ -40,7 +43,8 @@ class Opened:
     width: int = field(default=0, init=False)  # D of the features; 0 until it is known
     blocks: dict[str, int] = field(default_factory=dict, init=False)  # the network's blocks, with the D of each
     seconds: float = field(default=0.0, init=False)  # one task batch, forward and backward
-    activations: int = field(default=0, init=False)  # see `MergedModel`
+    activations: int = field(default=0, init=False)  # see `MergedModel`, as for `measured`
+    measured: int = field(default=0, init=False)
 
     def probe(self, batches: Mapping[str, Batch], device: torch.device) -> None:
         """Run every task once: leave out the tensors that no features depend on, measure widths, time and memory.
@@ -53,27 +57,39 @@ class Opened:
         parameters = dict(self.net.named_parameters())
         for name in self.space.shapes:
             parameters[name].requires_grad_()
-        kept = []
+        kept, seen = [], []
         try:
             for task, batch in batches.items():
                 batch = to_device(batch, device)
                 start = time.perf_counter()
                 with kept_bytes(self.net) as counted:
                     features = self._look_at(task, batch)
-                kept.append(counted())
+                kept.append((counted(), input_size(batch)))
+                seen.append((batch, features.detach()))
                 loss = features.float().square().sum()
                 loss.backward()
                 loss.item()  # wait for the device
                 self.seconds = time.perf_counter() - start  # the last of several: the first one warms up
-            with suppress(InputError):  # batches of tasks that are not alike
-                self.recipe.backbone.concatenate(list(batches.values()))
-                self.activations = max(kept)
+            if self._joins(seen):
+                self.activations, self.measured = max(kept)
             unreached = [name for name in self.space.shapes if parameters[name].grad is None]
             self.space = self.space.without(unreached, "not reached by the loss")
         finally:
             self.net.requires_grad_(False)
             for parameter in parameters.values():
                 parameter.grad = None
+
+    def _joins(self, seen: Sequence[tuple[Batch, Tensor]]) -> bool:
+        """The tasks' batches can be made one, and two of them are answered as each for itself."""
+        backbone, apart = self.recipe.backbone, torch.cat([features for _, features in seen[:2]])
+        try:
+            backbone.concatenate([batch for batch, _ in seen])
+            with torch.no_grad():
+                together = backbone.features(self.net, backbone.concatenate([batch for batch, _ in seen[:2]]))
+            return bool((together - apart).norm() <= 0.1 * apart.norm())  # bf16 rounds by less than a hundredth
+        except Exception as error:  # a backbone of the user's own may raise what it likes
+            log.debug("The tasks' batches stay apart: %s", error)
+            return False
 
     def _look_at(self, task: str, batch: Batch) -> Tensor:
         """A task's features [B, D], checked, with the widths that were seen on the way."""
@@ -143,7 +159,7 @@ class Opened:
         model = MergedModel(
             recipe.backbone, self.net, vectors, recipe.rule(vectors), chains, apply_mode=recipe.apply_mode
         )
-        model.activations = self.activations
+        model.activations, model.measured = self.activations, self.measured
         return model
 
     def _chain(self, task: str) -> list[TaskModule]:
@@ -196,9 +212,10 @@ def kept_bytes(net: nn.Module) -> Iterator[Callable[[], int]]:
     found: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = storage.nbytes()
+        if tensor.layout == torch.strided:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                found[storage.data_ptr()] = storage.nbytes()
         return tensor.detach()  # a node that held its own output, with its history, would never be freed
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

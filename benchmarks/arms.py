@@ -4,6 +4,7 @@ Reads nothing of adamerge until it makes the peer's environment: the peer import
 """
 
 import gc
+import hashlib
 import json
 import os
 import subprocess
@@ -185,7 +186,8 @@ def peer_python() -> Path:
         (site / "shared.pth").write_text(sysconfig.get_paths()["purelib"])
         subprocess.run([python, "-m", "pip", "install", "--quiet", PEER], check=True)
 
-    return built_once(cache_dir() / "bench" / PEER.replace("==", "-"), build) / "bin" / "python"
+    shared = hashlib.sha256(f"{sysconfig.get_paths()['purelib']} {torch.__version__}".encode()).hexdigest()[:8]
+    return built_once(cache_dir() / "bench" / f"{PEER.replace('==', '-')}-{shared}", build) / "bin" / "python"
 
 
 def assert_same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], tolerance: float) -> float:

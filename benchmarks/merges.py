@@ -20,7 +20,7 @@ from adamerge.types import Batch, TaskInfo
 
 
 class Summed(AdaMerge):
-    """Needs no trainer. Left out are logging and the watch for non-finite values: T + 1 comparisons of scalars."""
+    """Needs no trainer. Left out are logging and the comparisons of the losses with infinity."""
 
     def report(self, values, penalties):
         return torch.stack([value for terms in values.values() for value in terms.values()]).sum()
@@ -74,4 +74,6 @@ def run(module: AdaMerge, batches: Mapping[str, Batch], clock: Clock, *, narrow:
             total = module.loop.step(module, batches)
         optimizer.zero_grad()
         total.backward()
+        module.finite.gradients(module.model.learnables(), 0)  # as a trainer has it done
         optimizer.step()
+        module.finite.updated(module.model.learnables(), 0)

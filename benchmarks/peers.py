@@ -149,7 +149,7 @@ def peaks(inputs: Inputs, number: int) -> None:
 
 def largest(folder: Path, shape: str, gib: float) -> None:
     """The table of the largest T that FusionBench has memory for, and of ours at the same T."""
-    one = {"warm": 0, "steps": 1}
+    one = {"warm": 0, "steps": 3}
 
     def write(tasks: int) -> Inputs:
         return Inputs.write(folder, shape=shape, tasks=tasks, images=2)
@@ -178,7 +178,7 @@ def largest(folder: Path, shape: str, gib: float) -> None:
     ]
     show(
         f"The most tasks that {PEER} has memory for within {limit / GIB:.1f} GiB: {tasks}; {tasks + 1} were too many",
-        f"{inputs.describe()}; one step, the first; reckoned from 2 and 6 "
+        f"{inputs.describe()}; medians of 3 steps; reckoned from 2 and 6 "
         f"tasks, {(more - few) / 4e6:.0f} MB each: {reckoned[limit]}, and {reckoned[int(gib * GIB)]} within {gib:g} "
         f"GiB; the gradients differ by {apart:.0e} of their norm{company()}",
         [f"step of {tasks} tasks", "seconds", "FusionBench's over it", *MEMORY],
@@ -197,13 +197,18 @@ def main() -> None:
     parser.add_argument("--peaks", type=int, help="compare the peaks of so many processes")
     parser.add_argument("--limit-tasks", type=float, nargs="?", const=24.0, metavar="GIB")
     asked = parser.parse_args()
+    if not (set(asked.only) & set(PLAIN) and set(asked.only) & set(OURS)):
+        parser.error(f"--only needs one of {', '.join(PLAIN)} and one of {', '.join(OURS)} to compare")
     shape = "small" if asked.small else "ViT-B/32"
     with tempfile.TemporaryDirectory() as name:
         if asked.limit_tasks:
             largest(Path(name), shape, asked.limit_tasks)
         else:
             inputs = Inputs.write(Path(name), shape=shape, tasks=asked.tasks, images=asked.images)
-            peaks(inputs, asked.peaks) if asked.peaks else compare(inputs, asked.steps, asked.only, asked.plot)
+            if asked.peaks:
+                peaks(inputs, asked.peaks)
+            else:
+                compare(inputs, asked.steps, asked.only, asked.plot)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ time to fill the cache counts. `at every step`: the merged encoder and every exp
 held in memory. At most the number of encoder passes then, over those that are needed, can be gained.
 
     python benchmarks/surgery.py
-    python benchmarks/surgery.py --peer [--pictures 1000] [--run 20] [--small]
+    python benchmarks/surgery.py --peer [--pictures 500] [--run 20] [--small]
 
 `--peer` compares with FusionBench, on random weights and pictures: the loop of its surgery algorithm's `run`, on given
 coefficients and with its own adapters. There the merged tower and the expert see 16 pictures of every task at each of
@@ -158,7 +158,7 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", action="store_true", help="compare with FusionBench")
-    parser.add_argument("--pictures", type=int, default=1000, help="of each task")
+    parser.add_argument("--pictures", type=int, default=500, help="of each task; the zoo has as many")
     parser.add_argument("--run", type=int, default=20, help="steps that the times are reckoned from")
     parser.add_argument("--small", action="store_true", help="a small tower")
     asked = parser.parse_args()

@@ -91,8 +91,28 @@ def test_small_tasks_run_together(activations, batches):
 def test_what_needs_each_task_alone_gets_it(loop, modules):
     model = merged_of(dtype=torch.float64, modules=modules)
     model.activations = 1
-    with_few = loop._at_once(Silent(model, loop=loop))
-    assert with_few == 1
+    assert loop._groups(Silent(model, loop=loop), batches_of()) == [[task] for task in TASKS]
+
+
+def test_only_neighbours_of_one_shape_share_a_batch_and_larger_ones_count_for_more():
+    model = merged_of()
+    model.activations, model.measured = 1 << 29, 20
+
+    def groups(*sizes):
+        batches = {task: {"input": torch.zeros(*size)} for task, size in zip(TASKS, sizes, strict=True)}
+        return [len(group) for group in Joint()._groups(Silent(model), batches)]
+
+    assert groups((4, 5), (4, 5), (4, 5)) == [2, 1]
+    assert groups((2, 5), (2, 5), (4, 5)) == [3]
+    assert groups((8, 5), (4, 5), (4, 5)) == [1, 2]
+    assert groups((1, 5), (1, 6), (1, 5)) == [1, 1, 1]
+
+
+def test_a_backward_may_keep_sparse_tensors():
+    weight = torch.randn(3, 2, requires_grad=True)
+    with kept_bytes(torch.nn.Tanh()) as kept:
+        torch.sparse.mm(torch.eye(3).to_sparse(), weight).sum()
+    assert kept() >= 0
 
 
 def test_what_a_backward_keeps_is_counted_once_and_without_weights():

@@ -1,6 +1,7 @@
 """Products of task vectors in C: the same numbers as torch's, and torch's where they cannot be had."""
 
 import math
+import os
 import shutil
 import subprocess
 
@@ -107,11 +108,46 @@ def test_other_tensors_are_left_to_torch(delta_TN):
 def test_it_is_compiled_once_for_all_processes(tmp_path, monkeypatch):
     monkeypatch.setenv("ADAMERGE_CACHE", str(tmp_path))
     assert native._library() is not None
-    (made,) = (tmp_path / "native").iterdir()
+    (made,) = (tmp_path / "native").glob("*/native.so")
     before = made.stat().st_mtime_ns
     native._library.cache_clear()
     assert native._library() is not None
     assert made.stat().st_mtime_ns == before
+
+
+@needs_compiler
+@pytest.mark.usefixtures("fresh")
+def test_a_library_that_was_cut_short_is_made_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("ADAMERGE_CACHE", str(tmp_path))
+    folder = tmp_path / "native"
+    monkeypatch.setattr(native.ctypes, "CDLL", lambda path: (_ for _ in ()).throw(OSError))  # not mapped: it is cut
+    native._library()
+    monkeypatch.undo()
+    monkeypatch.setenv("ADAMERGE_CACHE", str(tmp_path))
+    (made,) = folder.glob("*/native.so")
+    size = made.stat().st_size
+    os.truncate(made, size // 2)
+    native._library.cache_clear()
+    assert native._library() is not None
+    assert made.stat().st_size == size
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_over_a_narrow_base_and_of_a_narrow_gradient_are_in_c(dtype, monkeypatch):
+    made = {"combine": [], "inner": []}
+    for name, found in made.items():
+        product = getattr(native, name)
+        monkeypatch.setattr(
+            native, name, lambda *a, found=found, product=product: found.append(product(*a)) or found[-1]
+        )
+    deltas = DenseDeltas(torch.randn(3, 4, 5).to(dtype))
+    coef_T, narrow = torch.rand(3, requires_grad=True), torch.randn(4, 5).bfloat16()
+    out = deltas.combine(coef_T, narrow)
+    torch.testing.assert_close(out, narrow.float() + torch.einsum("t,tij->ij", coef_T, deltas.stacked.float()))
+    torch.testing.assert_close(deltas.inner(narrow), torch.einsum("ij,tij->t", narrow.float(), deltas.stacked.float()))
+    assert all(torch.is_tensor(each) for found in made.values() for each in found)
+    assert all(made.values())
 
 
 def fails(*args, **options):
@@ -129,7 +165,7 @@ def test_without_it_products_are_torchs(why, tmp_path, monkeypatch):
     if why == "it fails":
         monkeypatch.setattr(subprocess, "run", fails)
     if why == "a damaged file":
-        monkeypatch.setattr(native, "_compile", lambda compiler, path: (path.parent.mkdir(), path.write_text("no")))
+        monkeypatch.setattr(native, "_compile", lambda compiler, folder: (folder / "native.so").write_text("no"))
     assert native._library() is None
     found = DenseDeltas(torch.ones(2, 3)).combine(torch.tensor([1.0, 2.0]), torch.ones(3))
     assert found.tolist() == [4.0] * 3

@@ -22,6 +22,7 @@ from tests.tiny import CLASSES, TASKS, Net, NormNet, TiedNet, Tiny, write_pool
 
 ALL = frozenset({LOGITS, FEATURES, BLOCKS})
 SIZE = 40  # samples of a task
+JOINED = 2 * 4  # samples of the two tasks whose batches the probe tries as one
 SURGERY = {"class_path": "adamerge.task_modules.Surgery", "init_args": {"rank": 2}}
 DISTILL = {"class_path": "adamerge.objectives.Distillation"}
 FEATURE = {"class_path": "adamerge.objectives.FeatureDistillation"}
@@ -304,7 +305,7 @@ def test_phases_that_want_other_things(taught, cache):
 
 def test_surgery_touches_each_sample_once_with_each_encoder(taught):
     adamerge.train(taught(surgery(), trainer={"max_steps": 35}, **unseen()))
-    assert Counted.seen.pop("probe") == len(TASKS) * 4
+    assert Counted.seen.pop("probe") == len(TASKS) * 4 + JOINED
     assert sorted(Counted.seen.values()) == [SIZE] * len(TASKS) + [len(TASKS) * SIZE]
     Counted.seen.clear()
     adamerge.train(taught(surgery(), trainer={"max_steps": 35}, **unseen()))
@@ -314,7 +315,7 @@ def test_surgery_touches_each_sample_once_with_each_encoder(taught):
 
 def test_a_merge_that_is_trained_touches_each_sample_once_with_each_expert(taught):
     adamerge.train(taught({"backbone": COUNTED}, trainer={"max_steps": 3}, **unseen()))
-    assert Counted.seen.pop("probe") == len(TASKS) * 4 * (1 + 3)  # with the steps' own
+    assert Counted.seen.pop("probe") == len(TASKS) * 4 * (1 + 3) + JOINED  # with the steps' own
     assert list(Counted.seen.values()) == [SIZE] * len(TASKS)
 
 
@@ -453,3 +454,11 @@ def test_memory_is_measured_where_tasks_can_share_a_batch(pool, alike, monkeypat
     opened, model, *_ = opened_of(pool)
     assert model.activations == opened.activations
     assert (model.activations > 4 * 4 * 5) == alike  # at the least, the inputs
+    assert model.measured == (model.activations and 4 * 5)
+
+
+def test_batches_that_are_answered_otherwise_together_stay_apart(pool, monkeypatch):
+    features = Module.features
+    monkeypatch.setattr(Module, "features", lambda self, net, batch: features(self, net, batch) * len(batch["input"]))
+    opened, *_ = opened_of(pool)
+    assert opened.activations == 0

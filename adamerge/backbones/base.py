@@ -179,14 +179,30 @@ class Backbone(Recorded, ABC):
         Raises:
             InputError: The tasks' inputs have different shapes.
         """
-        keys = [key for key in batches[0] if key != "label" and not key.startswith("expert.")]
         try:
-            return {key: torch.cat([batch[key] for batch in batches]) for key in keys}
+            return {key: torch.cat([batch[key] for batch in batches]) for key in _inputs(batches[0])}
         except (RuntimeError, TypeError, KeyError) as error:
             raise InputError(
                 f"The tasks' batches cannot be concatenated ({error}); "
                 "set `loop.order` to per_task and `apply_mode` to leaf."
             ) from error
+
+
+def _inputs(batch: Batch) -> dict[str, Any]:
+    return {key: value for key, value in batch.items() if key != "label" and not key.startswith("expert.")}
+
+
+def input_shapes(batch: Batch) -> dict[str, Any]:
+    """What a batch's inputs are but for their number: shape and type of each tensor, the type of anything else."""
+    return {
+        key: (value.shape[1:], value.dtype) if isinstance(value, Tensor) else type(value)
+        for key, value in _inputs(batch).items()
+    }
+
+
+def input_size(batch: Batch) -> int:
+    """How many numbers the tensors among a batch's inputs hold."""
+    return sum(value.numel() for value in _inputs(batch).values() if isinstance(value, Tensor))
 
 
 def batch_size(batch: Batch) -> int:

@@ -1,11 +1,10 @@
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from adamerge.backbones.base import batch_size
+from adamerge.backbones.base import batch_size, input_shapes
 from adamerge.learnables import trained_names
 from adamerge.loops.base import Loop
 from adamerge.loops.min_norm import gram, min_norm_weights
@@ -23,9 +22,9 @@ class Joint(Loop):
 
     Args:
         order: `per_task` runs forward and backward task by task, with one task's activations in memory at a time;
-            `concatenated` runs all tasks as one batch; `auto` runs several tasks as one batch as long as they keep
-            little for their backward (an eighth of a GPU's memory, 1 GB elsewhere), where that was measured, and goes
-            task by task where it was not; with the swap merge, all are one batch.
+            `concatenated` runs all tasks as one batch; `auto` runs neighbouring tasks whose inputs are of one shape
+            as one batch as long as they keep little for their backward (an eighth of a GPU's memory, 1 GB elsewhere),
+            where that was measured, and goes task by task where it was not; with the swap merge, all are one batch.
         micro_batch: At most this many samples of a task at once; the result is the same up to rounding. Objectives that
             filter samples cost one more forward then, to know their counts first.
         combine: How the tasks' gradients of the rule become one: their `sum`, or the shortest vector in their convex
@@ -73,20 +72,31 @@ class Joint(Loop):
     def _concatenates(self, module: "AdaMerge") -> bool:
         return self.order == "concatenated" or (self.order == "auto" and module.model.apply_mode == "swap")
 
-    def _at_once(self, module: "AdaMerge") -> int:
-        """How many tasks run as one batch, at most."""
-        model, tasks = module.model, len(module.model.tasks)
+    def _groups(self, module: "AdaMerge", batches: Mapping[str, Batch]) -> list[list[str]]:
+        """The tasks that run as one batch, in order, so that ranks reduce the same counts whatever their groups."""
         if self._concatenates(module):
-            return tasks
+            return [list(batches)]
+        room, groups, held, last = self._room(module), list[list[str]](), 0.0, None
+        for task, batch in batches.items():
+            shapes, kept = input_shapes(batch), module.model.activations_of(batch)
+            if groups and shapes == last and 0 < held + kept <= room:
+                groups[-1].append(task)
+                held += kept
+            else:
+                groups.append([task])
+                held, last = kept, shapes
+        return groups
+
+    def _room(self, module: "AdaMerge") -> int:
+        """Bytes that the tasks of one batch may keep for their backward; 0: each is a batch of its own."""
+        model = module.model
         inside = any(part.inside for task in model.tasks for part in model.chain(task))
         alone = inside or module.block_names or self.micro_batch or self.combine == "min_norm"
         if self.order == "per_task" or not model.activations or alone:
-            return 1
+            return 0
         if model.device.type == "cuda":
-            room = torch.cuda.get_device_properties(model.device).total_memory // 8
-        else:
-            room = 1 << 30  # on CPUs, larger batches run slower, not faster: see docs/performance.md
-        return max(1, room // model.activations)
+            return torch.cuda.get_device_properties(model.device).total_memory // 8
+        return 1 << 30  # on CPUs, larger batches run slower, not faster: see docs/performance.md
 
     def step(self, module: "AdaMerge", batches: Mapping[str, Batch]) -> Tensor:
         tally, apart = Tally(), []
@@ -103,20 +113,16 @@ class Joint(Loop):
 
     def passes(self, module: "AdaMerge", step: Step, tally: Tally, batches: Mapping[str, Batch]) -> Iterator[None]:
         """Send the tasks' losses backward, stopping after every task, or once where all are one batch."""
-        groups = math.ceil(len(batches) / self._at_once(module))
-        if groups == len(batches) and not self._concatenates(module):
-            for task, batch in batches.items():
-                with module.model.attached(task):
-                    self._task(module, step, tally, task, batch)
-                yield
-            return
-        tasks, size = list(batches), math.ceil(len(batches) / groups)
-        for start in range(0, len(tasks), size):  # in order, so that ranks reduce the same counts whatever their groups
-            losses = []
-            for out in module.respond_to_all({task: batches[task] for task in tasks[start : start + size]}):
-                terms = module.terms(out, batches[out.task])
-                losses.append(tally.loss(out.task, terms, sum_over_ranks(counts_of(terms))))
-            step.backward(torch.stack(losses).sum())
+        for tasks in self._groups(module, batches):
+            if len(tasks) == 1 and not self._concatenates(module):
+                with module.model.attached(tasks[0]):
+                    self._task(module, step, tally, tasks[0], batches[tasks[0]])
+            else:
+                losses = []
+                for out in module.respond_to_all({task: batches[task] for task in tasks}):
+                    terms = module.terms(out, batches[out.task])
+                    losses.append(tally.loss(out.task, terms, sum_over_ranks(counts_of(terms))))
+                step.backward(torch.stack(losses).sum())
             yield
 
     def _task(self, module: "AdaMerge", step: Step, tally: Tally, task: str, batch: Batch) -> None:
