@@ -86,7 +86,7 @@ class Opened:
             backbone.concatenate([batch for batch, _ in seen])
             with torch.no_grad():
                 together = backbone.features(self.net, backbone.concatenate([batch for batch, _ in seen[:2]]))
-            return bool((together - apart).norm() <= 0.1 * apart.norm())  # bf16 rounds by less than a hundredth
+            return bool((together - apart).norm() <= 0.02 * apart.norm())  # bf16 rounds by less
         except Exception as error:  # a backbone of the user's own may raise what it likes
             log.debug("The tasks' batches stay apart: %s", error)
             return False

@@ -133,6 +133,19 @@ def test_both_levels_of_a_bilevel_step_share_one_draw(monkeypatch):
     assert not model.rule._kept
 
 
+def test_a_draw_is_differentiated_twice_rightly_also_where_it_is_shared():
+    logits = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    draw = partial(concrete_rule._Relaxed.apply, logits, 0.5, 7)
+    naive = torch.sigmoid((logits + concrete_rule._logistic(logits, 7)) / 0.5)
+    for mask in (None, naive.detach()):
+        torch.testing.assert_close(draw(mask), naive)
+        (slope,) = torch.autograd.grad(draw(mask).square().sum(), logits, create_graph=True)
+        (expected,) = torch.autograd.grad(naive.square().sum(), logits, create_graph=True, retain_graph=True)
+        torch.testing.assert_close(slope, expected)
+        both = [torch.autograd.grad(each.pow(3).sum(), logits, retain_graph=True)[0] for each in (slope, expected)]
+        torch.testing.assert_close(*both)
+
+
 def test_a_shared_draw_is_not_taken_for_other_logits():
     rule = concrete(0.0).requires_grad_(False)
     rule._drawn = 5
