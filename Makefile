@@ -58,6 +58,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/digits.py
 	$(BIN)/python benchmarks/surgery.py
 	$(BIN)/python benchmarks/surgery.py --peer
+	$(BIN)/python benchmarks/surgery.py --peer --zoo
 	$(BIN)/python benchmarks/zoo.py
 
 clean:

@@ -85,7 +85,8 @@ class MergedModel(MultiTaskModel):
         skeleton = net if isinstance(net, _Skeleton) else _Skeleton(net, tuple(vectors.space.shapes))
         super().__init__(backbone, skeleton, chains)
         self.vectors, self.rule, self.apply_mode = vectors, rule, apply_mode
-        self._trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        self._trainable = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+        self._places = parameter_sites(self)  # once, not in every step
         self._held: dict[str, Tensor] | None = None
 
     def variant(self, rule: MergeRule, vectors: TaskVectors | None = None) -> "MergedModel":
@@ -100,11 +101,11 @@ class MergedModel(MultiTaskModel):
 
     def learnables(self) -> dict[str, nn.Parameter]:
         """What is trained now: the rule's and the task modules' parameters that require grad."""
-        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+        return {name: parameter for name, parameter in self._trainable.items() if parameter.requires_grad}
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """All that could be trained when the model was made, whether or not it is trained now."""
-        return {name: parameter for name, parameter in self.named_parameters() if name in self._trainable}
+        return dict(self._trainable)
 
     def activations_of(self, batch: Batch) -> float:
         """Bytes that a batch keeps for its backward, in proportion to its size."""
@@ -253,8 +254,7 @@ class MergedModel(MultiTaskModel):
             yield
 
     def _sites(self, names: Iterable[str]) -> dict[str, list[tuple[nn.Module, str]]]:
-        sites = parameter_sites(self)
-        return {name: sites[name] for name in names}
+        return {name: self._places[name] for name in names}
 
     @contextmanager
     def _drawing(self, noise: int | None) -> Iterator[None]:

@@ -29,18 +29,19 @@ from adamerge.types import KEPT, Batch, InputError, TaskOutput, raise_all
 log = logging.getLogger("adamerge")
 
 
-def adam(parameters: Any, *, guided: bool = False) -> Optimizer:
+def adam(parameters: Any, *, guided: bool = False, fused: bool = True) -> Optimizer:
     """The default optimiser: Adam at 1e-3, or at 1e-2 where experts or labels say where to go.
 
     Args:
         parameters: What is trained.
         guided: Every objective needs something of experts or labels.
+        fused: In one pass over each learnable; Lightning refuses it beside clipped gradients under mixed precision.
 
     Source: AdaMerging, arXiv 2310.02575, for 1e-3 with the entropy. Deviation: 1e-2 under guidance, with which
     distillation gets as far in a tenth of the steps (benchmarks/optimizers.py); at 2e-2, adapters inside the network
     lose again. Entropy does not bear it: layer by layer, accuracy falls sooner.
     """
-    return torch.optim.Adam(parameters, lr=1e-2 if guided else 1e-3)
+    return torch.optim.Adam(parameters, lr=1e-2 if guided else 1e-3, fused=fused)
 
 
 class AdaMerge(pl.LightningModule):
@@ -131,7 +132,8 @@ class AdaMerge(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         make = self._make_optimizer
         if make is adam:
-            make = partial(adam, guided=all(objective.needs for objective in self.objectives))
+            clipped = self._trainer is not None and bool(self.trainer.gradient_clip_val)
+            make = partial(adam, guided=all(objective.needs for objective in self.objectives), fused=not clipped)
         optimizer = make(list(self.model.learnables().values()))
         if self._make_scheduler is None:
             return optimizer

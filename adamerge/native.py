@@ -82,9 +82,14 @@ def _library() -> ctypes.CDLL | None:
     try:
         made_for = [_SOURCE.read_text(), compiler, *_FLAGS, _processor()]
         folder = cache_dir() / "native" / hashlib.sha256(repr(made_for).encode()).hexdigest()[:32]
-        library = ctypes.CDLL(str(built_once(folder, partial(_compile, compiler)) / "native.so"))
+        compiled = built_once(folder, partial(_compile, compiler)) / "native.so"
+        if hasattr(os, "getuid") and compiled.stat().st_uid != os.getuid():
+            log.debug("Another user's %s is not run.", compiled)
+            return None
+        library = ctypes.CDLL(str(compiled))
     except (OSError, InputError, subprocess.SubprocessError) as error:
-        log.debug("Products of task vectors are torch's own: %s", error)
+        said = getattr(error, "stderr", None) or b""
+        log.info("The products of task vectors are torch's own: %s %s", error, said.decode().strip())
         return None
     place, number = ctypes.c_void_p, ctypes.c_size_t
     for name in _NAMES.values():

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -207,15 +208,24 @@ class Opened:
 
 @contextmanager
 def kept_bytes(net: nn.Module) -> Iterator[Callable[[], int]]:
-    """Counts what a forward inside the block keeps for its backward, beside the network's own tensors, in bytes."""
+    """Counts what a forward inside the block keeps for its backward, beside the network's own tensors, in bytes.
+
+    Nor do copies of weights in another dtype count, which autocast makes once for a batch, however large.
+    """
     own = {tensor.untyped_storage().data_ptr() for tensor in [*net.parameters(), *net.buffers()]}
+    dtypes = {weight.dtype for weight in net.parameters()}
+    uncopied = Counter(tuple(sorted(weight.shape)) for weight in net.parameters())  # a linear layer keeps a transpose
     found: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         if tensor.layout == torch.strided:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                found[storage.data_ptr()] = storage.nbytes()
+            storage, shape = tensor.untyped_storage(), tuple(sorted(tensor.shape))
+            place = storage.data_ptr()
+            if place not in own and tensor.dtype not in dtypes and uncopied[shape] > 0:
+                uncopied[shape] -= 1  # a batch's tensor of that shape counts when the copy itself comes
+                own.add(place)
+            elif place not in own:
+                found[place] = storage.nbytes()
         return tensor.detach()  # a node that held its own output, with its history, would never be freed
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

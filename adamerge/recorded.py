@@ -1,7 +1,9 @@
 """Objects that remember how they were made, so that a run can be written down and made again from text."""
 
 import functools
+import hashlib
 import inspect
+import json
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +12,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from adamerge.types import InputError
 
@@ -73,6 +76,17 @@ def spec(value: Any, *, strict: bool = True) -> Any:
     if isinstance(value, Sequence):
         return [spec(item, strict=strict) for item in value]
     return _path(value, strict)
+
+
+def digest_of(*parts: Any) -> str:
+    """32 hexadecimal digits that name plain data."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def digest_of_tensor(tensor: Tensor) -> str:
+    """Hex sha256 of the values' bytes."""
+    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(raw.numpy().tobytes()).hexdigest()
 
 
 def revive(value: Any, *, trust: bool, partial: bool = False) -> Any:

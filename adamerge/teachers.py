@@ -1,7 +1,5 @@
 """What the experts say of the samples, and what a merge that is not trained does: computed once, kept on disk."""
 
-import hashlib
-import json
 import logging
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -21,13 +19,13 @@ from torch.utils.data import DataLoader
 
 from adamerge.backbones.base import batch_size, to_device
 from adamerge.blocks import recorded_blocks
-from adamerge.data import UnlabeledTasks
+from adamerge.data import UnlabeledTasks, samples_key
 from adamerge.files import built_once, cache_dir
 from adamerge.learnables import state_of
 from adamerge.merged import MergedModel
 from adamerge.modules import parameter_sites, swapped
 from adamerge.opened import Opened
-from adamerge.recorded import spec
+from adamerge.recorded import digest_of, digest_of_tensor, spec
 from adamerge.terminal import progress_console
 from adamerge.types import KEPT, ROWS, Batch, InputError
 
@@ -149,9 +147,9 @@ class Keeper:
         found: dict[str, Known] = {}
         for task in self._repeatable():
             sources = [state.sha256() for state in (opened.experts[task], opened.base)]  # it has what the expert lacks
-            key = _digest(
+            key = digest_of(
                 self._data_key(task), sources, spec(model.backbone, strict=False), sorted(wanted),
-                [(n, _bytes(t)) for n, t in teachers.heads[task].state_dict().items()], list(teachers.blocks),
+                [(n, digest_of_tensor(t)) for n, t in teachers.heads[task].state_dict().items()], list(teachers.blocks),
                 opened.space.skip, self._precision,
             )  # fmt: skip
             logits = teachers.heads[task].num_classes or len(opened.classes[task])
@@ -177,10 +175,9 @@ class Keeper:
     def merged(self, teachers: Teachers) -> dict[str, Known]:
         """The merged features of all samples, with the model as it stands; nothing if some cannot be kept."""
         model, tasks, width = teachers.model, self._repeatable(), teachers.opened.width
-        learned = {name: _bytes(tensor) for name, tensor in state_of(model).items() if name.startswith("rule.")}
-        keys = {
-            task: _digest(self._token, self._data_key(task), spec(model.rule, strict=False), learned) for task in tasks
-        }
+        learned = {n: digest_of_tensor(tensor) for n, tensor in state_of(model).items() if n.startswith("rule.")}
+        rule = [spec(model.rule, strict=False), learned]
+        keys = {task: digest_of(self._token, self._data_key(task), rule) for task in tasks}
         if len(tasks) < len(self._data.tasks):
             return {}
         if not all(self._worth("merged", task, key) for task, key in keys.items()):
@@ -226,10 +223,8 @@ class Keeper:
         return self._data.datasets(self._data.split)[task]
 
     def _data_key(self, task: str) -> list[Any]:
-        """What the prepared samples depend on; the first of them speaks for the preprocessing."""
-        samples = self._samples(task)
-        first = {name: _bytes(value) for name, value in samples[0].items() if isinstance(value, Tensor)}
-        return [getattr(samples, "fingerprint", None) or [self._token, task], len(samples), first]
+        """What the prepared samples depend on."""
+        return samples_key(self._samples(task), unknown=[self._token, task])
 
     def _kept(
         self,
@@ -284,16 +279,6 @@ class Keeper:
 def _read(folder: Path) -> dict[str, Any]:
     with safe_open(folder / "kept.safetensors", framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}
-
-
-def _bytes(tensor: Tensor) -> str:
-    return hashlib.sha256(
-        tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    ).hexdigest()
-
-
-def _digest(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 __all__ = ["BLOCKS", "EXPERT", "FEATURES", "LOGITS", "Keeper", "Teachers"]

@@ -15,6 +15,7 @@ import lightning.pytorch as pl
 import torch
 
 from adamerge import artifact
+from adamerge import scores as kept_scores
 from adamerge.config import parse
 from adamerge.data import UnlabeledTasks
 from adamerge.evaluation import Scores, baselines, classes_of, evaluate
@@ -150,7 +151,7 @@ def _execute(job: Job, commits: dict[tuple[str, str], str]) -> Run:
     scores: dict[str, Scores] = {}
     if job.run.baselines and job.data.eval_split is not None and not trainer.fast_dev_run:
         with progress_console(quiet=not trainer.is_global_zero).status("Scoring the baselines …"):
-            scores |= _baseline_scores(opened, model, raw, scored, job.data.scored)
+            scores |= _baseline_scores(trainer, job, opened, model, raw, scored)
     del raw
     add_to_run(trainer, job, folder, lambda: save(scores, finished=False))
     with tracked(trainer, folder, model.rule, scores, plot_every=job.run.plot_every, checkpoint=checkpoint):
@@ -170,17 +171,31 @@ def _execute(job: Job, commits: dict[tuple[str, str], str]) -> Run:
 
 
 def _baseline_scores(
+    trainer: pl.Trainer,
+    job: Job,
     opened: Opened,
     model: MergedModel,
     raw: TaskVectors,
     scored: Callable[[MultiTaskModel, Sequence[str]], Scores],
-    tasks_scored: Sequence[str],
 ) -> dict[str, Scores]:
-    """Scores of all merges that need no training; experts with their own buffers."""
+    """Scores of all merges that need no training, experts with their own buffers; as an earlier run found them."""
+
+    def key() -> str | None:
+        batches = {task: eval_limit(trainer, len(loader)) for task, loader in job.data.eval_loaders().items()}
+        settings = [str(trainer.precision), trainer.strategy.root_device.type, trainer.world_size, batches]
+        return kept_scores.key_of(opened, model, raw, job.data, settings)
+
+    known = once(trainer, key)
+    found = once(trainer, lambda: kept_scores.find(known)) if known else None
+    if found is not None:
+        log.info("The baselines' scores are those of an earlier run on the same files and samples.")
+        return found
     scores = {}
-    for name, candidate, tasks in baselines(model, raw, tasks_scored):
+    for name, candidate, tasks in baselines(model, raw, job.data.scored):
         with opened.buffers_of(tasks[0] if name.startswith("expert ") else None):
             scores[name] = scored(candidate, tasks)
+    if known:
+        once(trainer, lambda: kept_scores.keep(known, scores))
     return scores
 
 

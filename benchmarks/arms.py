@@ -61,15 +61,17 @@ class Clock:
         return len(self._marks) == 1
 
     def first_gradient(self, parameters: Mapping[str, nn.Parameter], *, reduced: bool = False) -> None:
-        """Keep the parameters' gradients of the first step; `reduced`: a norm and a sum of half of each."""
+        """Keep the parameters' gradients of the first step; `reduced`: a norm of each, and up to 300 of its numbers."""
         for name, parameter in parameters.items():
 
             def keep(parameter: Tensor, name: str = name) -> None:
                 if self.is_first:
                     assert parameter.grad is not None
                     gradient = parameter.grad
-                    half = gradient.flatten()[: (gradient.numel() + 1) // 2]
-                    self._gradients[name] = torch.stack([gradient.norm(), half.sum()]) if reduced else gradient.clone()
+                    if reduced:
+                        some = gradient.flatten()[:: -(-gradient.numel() // 300)]
+                        gradient = torch.cat([gradient.norm()[None], some * (gradient.numel() / len(some)) ** 0.5])
+                    self._gradients[name] = gradient.clone()
 
             parameter.register_post_accumulate_grad_hook(keep)
 

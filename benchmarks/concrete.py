@@ -78,8 +78,8 @@ def compare(inputs: Inputs, steps: int) -> None:
         rows.append([arm, *times, *each.memory(), f"{kept / 1e6:,.0f}"])
     show(
         f"A Concrete AdaMerging step, mask and layer-wise coefficients: adamerge and {PEER}",
-        f"{inputs.describe()} for the coefficients and as many for the mask; medians of {steps} steps; norms and sums "
-        f"of the mask's first gradients differ by {apart:.0e} at most (asserted: {TOLERANCE:.0e}){company()}",
+        f"{inputs.describe()} for the coefficients and as many for the mask; medians of {steps} steps; norms and "
+        f"samples of the mask's first gradients differ by {apart:.0e} at most (asserted: {TOLERANCE:.0e}){company()}",
         ["step", "seconds", "FusionBench's over it", *MEMORY, "MB at the peak by default"],
         rows,
     )

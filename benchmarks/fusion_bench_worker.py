@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import patch
 
 import lightning as L
 import torch
@@ -27,6 +28,7 @@ from fusion_bench.method.concrete_subspace.clip_concrete_adamerging import (  # 
     ConcreteLayerWiseAdaMergingForCLIP,
 )
 from fusion_bench.method.surgery import CLIPLayerWiseAdaMergingSurgeryAlgorithm  # noqa: E402
+from fusion_bench.method.surgery import clip_layer_wise_adamerging_surgery as surgery_module  # noqa: E402
 
 # As its configuration files have them; `strict: false` is among them.
 COMMON = {"optimizer": "adam", "lr": 1e-3, "clamp_weights": False, "tie_weights": True, "strict": False}
@@ -116,7 +118,20 @@ def surgery(inputs: Inputs, clock: Clock) -> None:
     torch.save(torch.full((len(inputs.tasks), len(list(inputs.base().parameters()))), INIT), weights)
     config = {**COMMON, "weights": str(weights), "surgery_steps": clock.steps, "eval_iterations": math.inf}
     algorithm = Surgery(OmegaConf.create(config)).feed(inputs, clock)
-    algorithm.run(algorithm.modelpool)
+    made = surgery_module.SurgeryModelWrapper
+
+    def given(*arguments: Any, **options: Any) -> nn.Module:
+        wrapper = made(*arguments, **options)
+        factors = [factor for task in inputs.tasks for factor in inputs.adapter(task)]
+        parameters = wrapper.collect_trainable_params()
+        for parameter, factor in zip(parameters, factors, strict=True):
+            parameter.data = factor
+        names = [f"{task}.{factor}" for task in inputs.tasks for factor in ("down", "up")]
+        clock.first_gradient(dict(zip(names, parameters, strict=True)))
+        return wrapper
+
+    with patch.object(surgery_module, "SurgeryModelWrapper", given):
+        algorithm.run(algorithm.modelpool)
 
 
 ARMS = {"layer_wise": layer_wise, "concrete": concrete, "surgery": surgery}

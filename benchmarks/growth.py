@@ -10,6 +10,10 @@ Python and its libraries, the base, the merged weights; the last two are 8 bytes
     python benchmarks/growth.py                            # the table
     python benchmarks/growth.py --plot docs/growth.png     # also as a plot
     python benchmarks/growth.py --largest 1e8              # a trial: less of everything
+    python benchmarks/growth.py --memory 3e9               # the points in so many bytes, mapped files included
+
+With `--memory` each process runs in a control group of the kernel's, which limits the pages of mapped files as well
+(Linux, as root): the vectors of the larger points do not stay in memory, and every pass reads them from the disk.
 """
 
 import argparse
@@ -22,6 +26,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -147,12 +152,28 @@ def measure(tasks: int, size: int) -> Point:
     return Point(tasks, space.num_elements, seconds["combine"], seconds["inner"], most.bytes)
 
 
-def apart(tasks: int, size: int) -> Point:
-    """One point, in a process of its own."""
+def apart(tasks: int, size: int, group: Path | None) -> Point:
+    """One point, in a process of its own; `group`: the folder of a control group that it joins."""
     command = [sys.executable, __file__, "--point", str(tasks), str(size)]
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576"}  # what is freed goes back, and does not count
+    if group is not None:
+        command = ["sh", "-c", f'echo $$ > "{group}/cgroup.procs" && exec "$@"', "sh", *command]
     found = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
     return Point(**json.loads(found))
+
+
+@contextmanager
+def limited(size: int) -> Iterator[Path]:
+    """A control group whose processes have so many bytes of memory, pages of files included."""
+    root = Path("/sys/fs/cgroup")
+    old = root / "memory"  # the first version of control groups has a tree for each resource
+    group = (old if old.is_dir() else root) / f"adamerge-{os.getpid()}"
+    group.mkdir()
+    try:
+        (group / ("memory.limit_in_bytes" if old.is_dir() else "memory.max")).write_text(str(size))
+        yield group
+    finally:
+        group.rmdir()
 
 
 def slope(points: list[Point]) -> float:
@@ -189,6 +210,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="How a merge grows with the number and size of the task vectors.")
     parser.add_argument("--largest", type=float, default=2e9, help="T * P of the largest point; 2 bytes of disk each")
     parser.add_argument("--plot", type=Path, help="Also draw it")
+    parser.add_argument("--memory", type=float, help="Bytes that a process may hold, mapped files included")
     parser.add_argument("--point", type=int, nargs=2, help="Measure T and P in this process, and print it as JSON")
     options = parser.parse_args()
     if options.point is not None:
@@ -198,16 +220,18 @@ def main() -> None:
     if room < 3 * options.largest:
         parser.error(f"{tempfile.gettempdir()} has {room / 1e9:.1f} GB left; choose a smaller --largest, or TMPDIR")
     size = int(options.largest / TASKS[-1])
-    points = [apart(tasks, size) for tasks in TASKS]
-    points += [apart(FEW, size * share // FEW) for share in (1, 4, 16, 64)]
+    with nullcontext() if options.memory is None else limited(int(options.memory)) as group:
+        points = [apart(tasks, size, group) for tasks in TASKS]
+        points += [apart(FEW, size * share // FEW, group) for share in (1, 4, 16, 64)]
     line = Line.through(points)
-    report(points, line)
+    report(points, line, options.memory)
     if options.plot is not None:
         draw(points, line, options.plot)
 
 
-def report(points: list[Point], line: Line) -> None:
+def report(points: list[Point], line: Line, memory: float | None) -> None:
     few, rows = [p for p in points if p.tasks == FEW], []
+    within = "" if memory is None else f", within {memory / 1e9:g} GB of memory, mapped files included"
     same = [p for p in points if p.size == points[0].size]
     off = max(max(p.seconds / line.at(p), line.at(p) / p.seconds) for p in points)
     flat = max(p.memory for p in same) / min(p.memory for p in same)
@@ -222,7 +246,7 @@ def report(points: list[Point], line: Line) -> None:
     verdicts = [f"{'at most' if met else 'NOT'} {aim}" for met, aim in ((off <= LINEAR, LINEAR), (flat <= FLAT, FLAT))]
     show(
         "A layer-wise merge (combine, then inner) as the number and the size of the task vectors grow",
-        f"bf16 on disk, memory-mapped; medians of {REPEATS}{company()}\n"
+        f"bf16 on disk, memory-mapped{within}; medians of {REPEATS}{company()}\n"
         f"time: {1e9 * line.vector:.2f} ns * T * P + {1e9 * line.weight:.2f} ns * P, no point off by more than "
         f"{off:.2f} times ({verdicts[0]}); slope in logarithms {slope(few):.2f} at T = {FEW}\n"
         f"memory at P = {same[0].size / 1e6:.1f} M, T = 1 to {TASKS[-1]}: most over least {flat:.2f} "

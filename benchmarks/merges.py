@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from arms import Clock
 from torch import Tensor, nn
-from vit import SCALE, Expert, Inputs
+from vit import SCALE, Inputs
 
 from adamerge.backbones import Backbone
 from adamerge.merged import MergedModel
@@ -54,7 +54,7 @@ def merged(
     backbone = Vision(inputs)
     net = backbone.build()
     base = {name: parameter.detach() for name, parameter in net.named_parameters()}
-    experts = {task: Expert(base, place) for place, task in enumerate(inputs.tasks)}
+    experts = {task: inputs.weights(task, base) for task in inputs.tasks}
     vectors = TaskVectors.load(ParamSpace.of(net), base, experts)
     first = {task: [before_head(inputs, task)] if before_head else [] for task in inputs.tasks}
     chains = {task: [*first[task], backbone.head(TaskInfo(task))] for task in inputs.tasks}
@@ -70,7 +70,7 @@ def run(module: AdaMerge, batches: Mapping[str, Batch], clock: Clock, *, narrow:
     optimizer = module.configure_optimizers()
     for _ in range(clock.steps):
         clock.mark()
-        with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+        with torch.autocast("cpu", torch.bfloat16, enabled=narrow, cache_enabled=False):
             total = module.loop.step(module, batches)
         optimizer.zero_grad()
         total.backward()

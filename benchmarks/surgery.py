@@ -6,11 +6,14 @@ held in memory. At most the number of encoder passes then, over those that are n
 
     python benchmarks/surgery.py
     python benchmarks/surgery.py --peer [--pictures 500] [--run 20] [--small]
+    python benchmarks/surgery.py --peer --zoo [--run 1000]
 
-`--peer` compares with FusionBench, on random weights and pictures: the loop of its surgery algorithm's `run`, on given
-coefficients and with its own adapters. There the merged tower and the expert see 16 pictures of every task at each of
-1000 steps. Ours encodes each picture once by both towers, and steps on what it kept. Both are reckoned from a few steps
-(`--run`; 1000 for all), and the number of pictures of a task (`--pictures`) decides how much is gained.
+`--peer` compares with FusionBench: the loop of its surgery algorithm's `run`, on given coefficients and with its own
+adapters. There the merged tower and the expert see 16 pictures of every task at each of 1000 steps. Ours encodes each
+picture once by both towers, and steps on what it kept. Before times are compared, the adapters' gradients of the first
+step, on what both towers say, are asserted to be the same. On random weights and pictures, both are reckoned from a few
+steps (`--run`), and the number of pictures of a task (`--pictures`) decides how much is gained. `--zoo`: on the zoo's
+towers and pictures all steps are run, and beside them `adamerge.train`, with all that a command does after its checks.
 """
 
 import argparse
@@ -18,8 +21,8 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -28,7 +31,8 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from arms import PEER, WORKER, Clock, measured
+import torch.nn.functional as F
+from arms import PEER, WORKER, Clock, assert_same, measured
 from common import CONFIGS, company, quiet, show
 from merges import Summed, merged, run
 from vit import INIT, Inputs
@@ -37,8 +41,10 @@ import adamerge
 from adamerge import training
 from adamerge.checkpoints import State
 from adamerge.config import parse
+from adamerge.demo import locate_demo
 from adamerge.files import cache_dir
 from adamerge.job import Job
+from adamerge.merged import MergedModel
 from adamerge.objectives import FeatureDistillation
 from adamerge.opened import Opened
 from adamerge.recipe import Recipe
@@ -50,6 +56,7 @@ from adamerge.types import KEPT, TaskInfo
 FILES = [CONFIGS / "demo.yaml", CONFIGS / "recipes" / "zoo_surgery.yaml"]
 REPEATS, STEPS = 3, 1000
 AIM = 0.8  # of what can be gained
+TOLERANCE = 1e-3  # of the gradient's norm
 
 
 class Held(dict[str, torch.Tensor]):
@@ -68,9 +75,9 @@ def in_memory(opening: Callable[..., Opened]) -> Callable[..., Opened]:
     return opened
 
 
-def trained(folder: str, *, kept: bool, decoded: bool) -> tuple[float, dict[str, torch.Tensor]]:
+def trained(folder: str, *, kept: bool, decoded: bool, **options: Any) -> tuple[float, dict[str, torch.Tensor]]:
     """Seconds of training, cache included, and what was learned; nothing is found in the cache but the zoo."""
-    options = {"run.root": folder, "run.baselines": False, "data.eval_split": None, "trainer.limit_val_batches": 0}
+    options |= {"run.root": folder, "run.baselines": False, "data.eval_split": None, "trainer.limit_val_batches": 0}
     seconds = []
 
     def timed(job: Job, *arguments: Any) -> None:
@@ -95,11 +102,13 @@ def trained(folder: str, *, kept: bool, decoded: bool) -> tuple[float, dict[str,
 def adapters(inputs: Inputs) -> Summed:
     """Surgery on a frozen layer-wise merge, on features of length one as in FusionBench."""
     model = merged(inputs, lambda vectors: LayerWise(vectors, init=INIT, trainable=False), before_head=adapter)
-    return Summed(model, objectives=[FeatureDistillation(loss="l1", normalize=True)], teachers=Told())
+    return Summed(model, objectives=[FeatureDistillation(loss="l1")], teachers=Told())
 
 
 def adapter(inputs: Inputs, task: str) -> Surgery:
-    return Surgery(TaskInfo(task, width=inputs.config.projection_dim), rank=16, normalize=True)
+    made = Surgery(TaskInfo(task, width=inputs.config.projection_dim), rank=16, normalize=True)
+    made.down.data, made.up.data = inputs.adapter(task)
+    return made
 
 
 class Told:
@@ -109,47 +118,72 @@ class Told:
 
 
 @torch.no_grad()
-def encode(inputs: Inputs, clock: Clock) -> None:
-    """Each step encodes a batch of every task by the merged tower and by the expert."""
-    model, experts = adapters(inputs).model, {task: inputs.expert(task).eval() for task in inputs.tasks}
+def encoded(inputs: Inputs, model: MergedModel, clock: Clock) -> dict[str, dict[str, torch.Tensor]]:
+    """What the merged tower and the experts say of a batch of every task; a step does all of it."""
+    experts = {task: inputs.expert(task).eval() for task in inputs.tasks}
+    batches: dict[str, dict[str, torch.Tensor]] = {}
     with model.applied() as net:
         for _ in range(clock.steps):
             clock.mark()
             for task, pixels in inputs.batches.items():
-                for tower in (net, experts[task]):
-                    model.backbone.features(tower, {"pixels": pixels})
+                said = [model.backbone.features(tower, {"pixels": pixels}) for tower in (net, experts[task])]
+                batches[task] = {KEPT: said[0], "expert.features": F.normalize(said[1], dim=-1)}
+    return batches
+
+
+def encode(inputs: Inputs, clock: Clock) -> None:
+    """Each step encodes a batch of every task."""
+    encoded(inputs, adapters(inputs).model, clock)
 
 
 def adapt(inputs: Inputs, clock: Clock) -> None:
     """Each step is on kept features of every task."""
-    size = (inputs.options["images"], inputs.config.projection_dim)
-    batches = {task: {KEPT: torch.randn(size), "expert.features": torch.randn(size)} for task in inputs.tasks}
-    run(adapters(inputs), batches, clock)
+    module = adapters(inputs)
+    batches = encoded(inputs, module.model, Clock(0, 1))
+    first = {task: module.model.chain(task)[0] for task in inputs.tasks}
+    clock.first_gradient({f"{task}.{name}": p for task, each in first.items() for name, p in each.named_parameters()})
+    run(module, batches, clock)
 
 
 ARMS = {"encode": encode, "adapt": adapt}
 
 
-def against_peer(shape: str, pictures: int, steps: int) -> None:
-    """The table of FusionBench's loop and ours."""
-    with tempfile.TemporaryDirectory() as name:
-        inputs = Inputs.write(Path(name), shape=shape, tasks=8, images=16)
-        said = inputs.describe()
-        given = {"warm": 1, "steps": steps}
-        theirs = measured(WORKER, "surgery", inputs.folder, peer=True, **given)
-        ours = {arm: measured(__file__, arm, inputs.folder, **given).step for arm in ARMS}
-    every = STEPS * theirs.step
-    kept = ours["encode"] * pictures / 16 + STEPS * ours["adapt"]
+def against_peer(inputs: Inputs, pictures: int, steps: int, whole: float | None = None) -> None:
+    """The table of FusionBench's loop and ours; `whole`: the seconds of `adamerge.train` on the same."""
+    given = {"warm": 1, "steps": steps}
+    theirs = measured(WORKER, "surgery", inputs.folder, peer=True, **given)
+    ours = {arm: measured(__file__, arm, inputs.folder, **given) for arm in ARMS}
+    apart = assert_same(ours["adapt"].gradients, theirs.gradients, TOLERANCE)
+    encoding, step = ours["encode"].step, ours["adapt"].step
+    every, kept = STEPS * theirs.step, encoding * pictures / 16 + STEPS * step
+    rows = [("adamerge, kept", kept)]
+    if whole is not None:
+        rows.append(("adamerge.train, decoding and all counted", whole))
     show(
         f"Seconds of {STEPS} steps of Surgery: adamerge and {PEER}",
-        f"{said}; reckoned from the medians of {steps} steps: FusionBench's {theirs.step:.4f} s; ours "
-        f"{ours['adapt']:.4f} s, and {ours['encode']:.4f} s to encode 16 pictures of each task once{company()}",
+        f"{inputs.describe()}; reckoned from the medians of {steps} steps: FusionBench's {theirs.step:.4f} s; ours "
+        f"{step:.4f} s, and {encoding:.4f} s to encode 16 pictures of each task once; the adapters' first gradients "
+        f"differ by {apart:.0e} of their norm (asserted: {TOLERANCE:.0e}){company()}",
         ["way", "seconds", "pictures per task and encoder", "gain"],
         [
             ["FusionBench", f"{every:,.1f}", f"{16 * STEPS:,}", "1.0"],
-            ["adamerge, kept", f"{kept:,.1f}", f"{pictures:,}", f"{every / kept:.1f}"],
+            *([way, f"{each:,.1f}", f"{pictures:,}", f"{every / each:.1f}"] for way, each in rows),
         ],
     )
+
+
+def zoo_inputs(folder: Path) -> Inputs:
+    """The zoo's towers, and 16 unlabeled pictures of each task."""
+    import open_clip
+    from datasets import load_from_disk
+
+    job = parse(FILES, {})
+    zoo, tasks = locate_demo("zoo/base").parent, list(job.data.tasks)
+    made = {who: open_clip.create_model_and_transforms(f"local-dir:{zoo / who}") for who in ("base", *tasks)}
+    look = made["base"][2]  # as for evaluation
+    pictures = {task: load_from_disk(str(zoo / "data" / task))[job.data.split][:16]["image"] for task in tasks}
+    pixels = [torch.stack([look(picture) for picture in each]) for each in pictures.values()]
+    return Inputs.write_given(folder, "the zoo", [each[0].visual for each in made.values()], pixels)
 
 
 def main() -> None:
@@ -159,30 +193,46 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", action="store_true", help="compare with FusionBench")
     parser.add_argument("--pictures", type=int, default=500, help="of each task; the zoo has as many")
-    parser.add_argument("--run", type=int, default=20, help="steps that the times are reckoned from")
+    parser.add_argument("--run", type=int, help="steps that the times are reckoned from: 20, on the zoo 1000")
     parser.add_argument("--small", action="store_true", help="a small tower")
+    parser.add_argument("--zoo", action="store_true", help="the zoo's towers and pictures")
     asked = parser.parse_args()
-    if asked.peer:
-        against_peer("small" if asked.small else "ViT-B/32", asked.pictures, asked.run)
-    else:
+    if not asked.peer:
         on_the_zoo()
+        return
+    with tempfile.TemporaryDirectory() as name:
+        if asked.zoo:
+            quiet()
+            inputs = zoo_inputs(Path(name))
+            with only_the_zoo(name):
+                options = {"data.batch_size": 16, "trainer.max_steps": STEPS, "trainer.val_check_interval": None}
+                whole, _ = trained(name, kept=True, decoded=False, **options)
+            against_peer(inputs, 500, asked.run or STEPS, whole)
+        else:
+            shape = "small" if asked.small else "ViT-B/32"
+            against_peer(Inputs.write(Path(name), shape=shape, tasks=8, images=16), asked.pictures, asked.run or 20)
+
+
+@contextmanager
+def only_the_zoo(folder: str) -> Iterator[None]:
+    """A cache with the zoo and its heads, and nothing else that was kept."""
+    cache = Path(folder) / "cache"
+    cache.mkdir()
+    for name in ("demo", "heads"):
+        (cache / name).symlink_to(cache_dir() / name)
+    with patch.dict(os.environ, ADAMERGE_CACHE=str(cache)):
+        yield
 
 
 def on_the_zoo() -> None:
     """The table of the shipped recipe, kept features against encoders at every step."""
     quiet()
-    zoo, heads = cache_dir() / "demo", cache_dir() / "heads"
     times: dict[tuple[bool, bool], list[float]] = {}
     learned = {}
     for _ in range(REPEATS):
         for kept, decoded in product((False, True), (True, False)):
-            with tempfile.TemporaryDirectory() as folder:
-                cache = Path(folder) / "cache"
-                cache.mkdir()
-                (cache / "demo").symlink_to(zoo)
-                (cache / "heads").symlink_to(heads)
-                with patch.dict(os.environ, ADAMERGE_CACHE=str(cache)):
-                    seconds, learned[kept] = trained(folder, kept=kept, decoded=decoded)
+            with tempfile.TemporaryDirectory() as folder, only_the_zoo(folder):
+                seconds, learned[kept] = trained(folder, kept=kept, decoded=decoded)
             times.setdefault((kept, decoded), []).append(seconds)
     job = parse(FILES, {})
     samples = sum(len(data.split(job.data.split)) for data in job.data.tasks.values())

@@ -1,11 +1,12 @@
-"""A CLIP vision tower, experts, heads and pictures that both sides of a comparison read from one folder: all random.
+"""A CLIP vision tower, experts, heads and pictures that both sides of a comparison read from one folder.
 
-Weights are of a configuration, made in place: nothing is fetched. An expert is the base with noise that is a function
-of (task, tensor), so that any number of them takes no disk. Imports nothing of adamerge: the peer reads this too.
+Random ones of a configuration, made in place: nothing is fetched. An expert is the base with noise that is a function
+of (task, tensor), so that any number of them takes no disk. Or towers that are given, as those of the zoo. Imports
+nothing of adamerge: the peer reads this too.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 SHAPES: dict[str, dict[str, Any]] = {
     "ViT-B/32": {},  # what the configuration is by default
@@ -27,8 +29,21 @@ INIT, SCALE, NOISE = 0.3, 100.0, 1e-3  # of the coefficients; CLIP's of the logi
 SEED = 1  # of the masks in the first step
 
 
+class Tower(nn.Module):
+    """Any image tower, from pictures to features [B, D], in the form of transformers' ones."""
+
+    def __init__(self, visual: nn.Module, config: CLIPVisionConfig) -> None:
+        super().__init__()
+        self.visual, self.config = visual, config
+
+    def forward(self, pixels: Tensor) -> BaseModelOutputWithPooling:
+        """With the features in both places."""
+        features = self.visual(pixels)
+        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=features)
+
+
 class Inputs:
-    """What `write` has put into a folder.
+    """What `write` or `write_given` has put into a folder.
 
     Attributes:
         tasks: The names of the T tasks.
@@ -39,7 +54,7 @@ class Inputs:
         self.folder = folder
         self.options = json.loads((folder / "options.json").read_text())
         self.tasks = [f"task{t}" for t in range(self.options["tasks"])]
-        self.config = CLIPVisionConfig(**SHAPES[self.options["shape"]])
+        self.config = CLIPVisionConfig(**SHAPES.get(self.options["shape"]) or self.options.get("said", {}))
 
     @staticmethod
     def write(folder: Path, *, shape: str, tasks: int, images: int, **options: Any) -> "Inputs":
@@ -58,6 +73,23 @@ class Inputs:
         size = (images, 3, config.image_size, config.image_size)
         save_file({task: torch.randn(size) for task in inputs.tasks}, folder / "batches.safetensors")
         return inputs
+
+    @staticmethod
+    def write_given(folder: Path, name: str, towers: Sequence[nn.Module], pixels: Sequence[Tensor]) -> "Inputs":
+        """Towers of one architecture, the base's first, and pictures [B, 3, H, W] of each of the others' tasks."""
+        tasks, side = [f"task{t}" for t in range(len(pixels))], pixels[0].shape[-1]
+        with torch.no_grad():
+            width = towers[0](pixels[0][:1]).shape[1]
+        options = {"shape": name, "tasks": len(tasks), "images": len(pixels[0])}
+        said = {"image_size": side, "hidden_size": width, "projection_dim": width, "num_attention_heads": 1}
+        (folder / "options.json").write_text(json.dumps(options | {"said": said}))
+        for who, tower in zip(["base", *tasks], towers, strict=True):
+            torch.save(tower, folder / f"{who}.pt")
+        torch.manual_seed(0)
+        heads = {task: F.normalize(torch.randn(10, width), dim=-1) for task in tasks}
+        save_file({**heads, "projection": torch.eye(width)}, folder / "heads.safetensors")
+        save_file(dict(zip(tasks, pixels, strict=True)), folder / "batches.safetensors")
+        return Inputs(folder)
 
     @cached_property
     def heads(self) -> dict[str, Tensor]:
@@ -83,26 +115,49 @@ class Inputs:
 
     def describe(self) -> str:
         """For the line above a table."""
-        number = sum(parameter.numel() for parameter in self.base().parameters())
-        tokens, images = (self.config.image_size // self.config.patch_size) ** 2 + 1, self.options["images"]
+        number, side = sum(parameter.numel() for parameter in self.base().parameters()), self.config.image_size
         return (
-            f"{self.options['shape']}, {number / 1e6:.1f} M parameters (P = {4 * number / 1e6:.0f} MB), {tokens} "
-            f"tokens, {len(self.tasks)} tasks of {images} images, fp32"
+            f"{self.options['shape']}, {number / 1e6:.1f} M parameters (P = {4 * number / 1e6:.0f} MB), pictures of "
+            f"{side} x {side}, {len(self.tasks)} tasks of {self.options['images']} images, fp32"
         )
 
-    def base(self) -> CLIPVisionModel:
+    def base(self) -> nn.Module:
         """The tower with the base's weights."""
+        if self._is_given:
+            return self._given("base")
         net = CLIPVisionModel(self.config)
         net.load_state_dict(load_file(self.folder / "base.safetensors"))
         return net
 
-    def expert(self, task: str) -> CLIPVisionModel:
+    def expert(self, task: str) -> nn.Module:
         """The tower with an expert's weights."""
+        if self._is_given:
+            return self._given(task)
         net = self.base()
-        weights = Expert(dict(net.named_parameters()), self.tasks.index(task))
+        weights = self.weights(task, dict(net.named_parameters()))
         for name, parameter in net.named_parameters():
             parameter.data = weights[name]
         return net
+
+    def weights(self, task: str, base: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """An expert's parameters by name."""
+        if self._is_given:
+            return {name: parameter.detach() for name, parameter in self._given(task).named_parameters()}
+        return Expert(base, self.tasks.index(task))
+
+    def adapter(self, task: str) -> tuple[Tensor, Tensor]:
+        """What Surgery's adapter of a task starts from: down [16, D], up [D, 16]."""
+        generator = torch.Generator().manual_seed(self.tasks.index(task))
+        down, up = (torch.randn(16, self.config.projection_dim, generator=generator) / 16 for _ in range(2))
+        return down, up.T.contiguous()
+
+    @property
+    def _is_given(self) -> bool:
+        return self.options["shape"] not in SHAPES
+
+    def _given(self, who: str) -> Tower:
+        visual = torch.load(self.folder / f"{who}.pt", weights_only=False)  # written by `write_given`
+        return Tower(visual.eval().requires_grad_(), self.config)
 
 
 class Expert(Mapping[str, Tensor]):

@@ -122,6 +122,14 @@ def test_what_a_backward_keeps_is_counted_once_and_without_weights():
     assert kept() == 4 * (x.numel() + 4 * 7)  # the input, and what tanh puts out, for itself and the layer after it
 
 
+def test_weights_that_autocast_has_copied_are_not_counted():
+    net, x = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 6)), torch.randn(8, 6)
+    with kept_bytes(net) as kept, torch.autocast("cpu", torch.bfloat16):
+        net(net(x))
+    # each time the input and what tanh puts out, bf16; the first input, 6 by 8 as both weights are, was widened before
+    assert kept() == 2 * 2 * (x.numel() + 8 * 8)
+
+
 def test_what_was_counted_is_freed():
     with kept_bytes(torch.nn.Tanh()):
         out = torch.randn(4, requires_grad=True).tanh()  # keeps its own output

@@ -31,7 +31,7 @@ LAYERS = [
     {"loops", "resume"},
     {"opened"},
     {"evaluation", "recipe"},
-    {"teachers"},
+    {"teachers", "scores"},
     {"artifact"},
     {"module", "callbacks", "progress", "report"},
     {"job", "processes", "comparison"},

@@ -502,8 +502,9 @@ def test_lightnings_own_switches_work(config):
     assert over.scores
     limited = adamerge.train(config(trainer={"limit_train_batches": 3, "max_steps": 7}))
     assert_equal(learned(limited), learned(adamerge.train(config(trainer={"max_steps": 7}))))
-    clipped = adamerge.train(config(trainer={"gradient_clip_val": 1e-6, "max_steps": 2}))
-    assert clipped.scores
+    for precision in ("32", "bf16-mixed"):
+        clipping = {"gradient_clip_val": 1e-6, "max_steps": 2, "precision": precision}
+        assert adamerge.train(config(trainer=clipping)).scores
 
 
 def test_unreachable_and_frozen_parts(tmp_path, caplog):

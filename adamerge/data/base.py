@@ -8,12 +8,23 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from adamerge.recorded import Recorded
+from adamerge.recorded import Recorded, digest_of_tensor
 from adamerge.types import InputError
 
 
 class MissingSplit(InputError):
     """There is no such split: a task whose evaluation split is missing is not scored."""
+
+
+def samples_key(samples: Dataset[Mapping[str, Any]], unknown: Any = None) -> list[Any]:
+    """What prepared samples depend on, as plain data; the first of them speaks for the preprocessing.
+
+    Args:
+        samples: At least one.
+        unknown: Stands for the fingerprint of samples that have none.
+    """
+    first = {name: digest_of_tensor(value) for name, value in samples[0].items() if isinstance(value, Tensor)}
+    return [getattr(samples, "fingerprint", None) or unknown, len(samples), first]  # type: ignore[arg-type]
 
 
 class TaskData(Recorded, ABC):

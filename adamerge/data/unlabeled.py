@@ -163,6 +163,10 @@ class UnlabeledTasks(Recorded, pl.LightningDataModule):
         """
         return self._scoring().tasks
 
+    def scored_samples(self) -> dict[str, Dataset[Any]]:
+        """The samples of the evaluation split, of every task that is scored."""
+        return {task: self._open(str(self.eval_split), task) for task in self.scored}
+
     def unscored(self) -> list[str]:
         """What is to be said of the tasks that are not scored."""
         found = self._scoring()
@@ -240,7 +244,7 @@ class UnlabeledTasks(Recorded, pl.LightningDataModule):
         loaders: dict[str, DataLoader[Batch]] = {}
         if self.eval_split is None:
             return loaders
-        sets = {task: self._open(self.eval_split, task) for task in self.scored}
+        sets = self.scored_samples()
         small = [task for task, dataset in sets.items() if len(dataset) < world_size]  # type: ignore[arg-type]
         if small:
             raise InputError(
