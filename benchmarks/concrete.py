@@ -28,7 +28,7 @@ from adamerge.loops import Bilevel
 from adamerge.merged import ApplyMode
 from adamerge.rules import Concrete, LayerWise, concrete
 
-TOLERANCE = 1e-2  # of the norms: the coefficients' step has the size 0.1 whatever the sign of their gradients rests on
+TOLERANCE = 1e-3  # of the gradient's norm
 
 
 def ours(inputs: Inputs, clock: Clock, mode: ApplyMode, loop: Bilevel) -> None:

@@ -192,7 +192,8 @@ def draw(points: list[Point], line: Line, file: Path) -> None:
         f"P = {points[0].size / 1e6:.1f} M, T = 1 … {TASKS[-1]}": [p for p in points if p.size == points[0].size],
         f"T = {FEW}, P growing": [p for p in points if p.tasks == FEW],
     }
-    for marker, (label, those) in zip("os", series.items(), strict=True):
+    for marker, (label, unsorted) in zip("os", series.items(), strict=True):
+        those = sorted(unsorted, key=lambda p: p.elements)
         elements = [p.elements for p in those]
         (drawn,) = times.loglog(elements, [p.seconds for p in those], marker, label=label)
         times.loglog(elements, [line.at(p) for p in those], "-", color=drawn.get_color(), linewidth=1)

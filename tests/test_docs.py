@@ -241,3 +241,13 @@ def test_every_figure_has_a_script_and_every_script_is_run_by_make_bench():
     assert scripts == set(re.findall(r"benchmarks/(\w+\.py)", (ROOT / "Makefile").read_text()))
     for picture in re.findall(r"\]\((\w+\.png)\)", page):
         assert (ROOT / "docs" / picture).is_file()
+
+
+def test_the_page_and_make_bench_name_options_that_the_scripts_have():
+    page, rules = (ROOT / "docs" / "performance.md").read_text(), (ROOT / "Makefile").read_text()
+    commands = re.findall(r"benchmarks/(\w+\.py)(.*)", page + rules)
+    assert len(commands) > 20
+    for script, rest in commands:
+        source = (ROOT / "benchmarks" / script).read_text()
+        for option in re.findall(r"(--[\w-]+)", rest):
+            assert f'add_argument("{option}"' in source, f"{script} has no {option}"
