@@ -83,13 +83,13 @@ def _library() -> ctypes.CDLL | None:
         made_for = [_SOURCE.read_text(), compiler, *_FLAGS, _processor()]
         folder = cache_dir() / "native" / hashlib.sha256(repr(made_for).encode()).hexdigest()[:32]
         compiled = built_once(folder, partial(_compile, compiler)) / "native.so"
-        if hasattr(os, "getuid") and compiled.stat().st_uid != os.getuid():
-            log.debug("Another user's %s is not run.", compiled)
+        if hasattr(os, "getuid") and compiled.stat().st_uid not in (0, os.getuid()):
+            log.info("The products of task vectors are torch's own: %s is another user's, and is not run.", compiled)
             return None
         library = ctypes.CDLL(str(compiled))
     except (OSError, InputError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or b""
-        log.info("The products of task vectors are torch's own: %s %s", error, said.decode().strip())
+        log.info("The products of task vectors are torch's own: %s %s", error, said.decode(errors="replace").strip())
         return None
     place, number = ctypes.c_void_p, ctypes.c_size_t
     for name in _NAMES.values():

@@ -3,13 +3,14 @@
 import json
 import logging
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from adamerge.data import UnlabeledTasks, samples_key
 from adamerge.evaluation import Scores
-from adamerge.files import atomic_file, cache_dir
+from adamerge.files import atomic_file, cache_dir, digest
 from adamerge.merged import MergedModel
 from adamerge.opened import Opened
 from adamerge.recorded import digest_of, digest_of_tensor, spec
@@ -39,20 +40,23 @@ def key_of(opened: Opened, model: MergedModel, raw: TaskVectors, data: Unlabeled
         return None
     heads = {task: model.chain(task)[-1].state_dict() for task in model.tasks}
     return digest_of(
-        [(name, version(name)) for name in ("adamerge", "torch", "transformers", "open_clip_torch")],
-        [
-            raw.fingerprint(),
-            opened.recipe.vectors.dtype,
-            opened.space.skip,
-            opened.space.buffer_policy,
-            opened.excluded,
-        ],
-        spec(backbone),
+        [(name, version(name)) for name in ("torch", "transformers", "open_clip_torch")],
+        _code(),
+        [raw.fingerprint(), opened.recipe.vectors.dtype, opened.excluded],
+        [spec(backbone), opened.space.skip, opened.space.buffer_policy],
         {task: [(name, digest_of_tensor(tensor)) for name, tensor in head.items()] for task, head in heads.items()},
         {task: samples_key(each) for task, each in samples.items()},
         [data.eval_batch_size, data.bucket_by_length],
         settings,
     )
+
+
+@cache
+def _code() -> str:
+    """This package's own code: a version may stay the same where what makes the scores does not."""
+    folder = Path(__file__).parent
+    files = sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".c"))
+    return digest_of([(str(path.relative_to(folder)), digest(path)) for path in files])
 
 
 def find(key: str) -> dict[str, Scores] | None:

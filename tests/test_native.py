@@ -1,5 +1,6 @@
 """Products of task vectors in C: the same numbers as torch's, and torch's where they cannot be had."""
 
+import logging
 import math
 import os
 import shutil
@@ -133,6 +134,20 @@ def test_a_library_that_was_cut_short_is_made_again(tmp_path, monkeypatch):
 
 
 @needs_compiler
+@pytest.mark.usefixtures("fresh")
+def test_a_library_of_another_user_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("ADAMERGE_CACHE", str(tmp_path))
+    assert native._library() is not None
+    native._library.cache_clear()
+    if os.getuid() == 0:
+        (made,) = (tmp_path / "native").glob("*/native.so")
+        os.chown(made, 12345, -1)
+    else:
+        monkeypatch.setattr(os, "getuid", lambda: 12345)
+    assert native._library() is None
+
+
+@needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_products_over_a_narrow_base_and_of_a_narrow_gradient_are_in_c(dtype, monkeypatch):
     made = {"combine": [], "inner": []}
@@ -151,12 +166,13 @@ def test_products_over_a_narrow_base_and_of_a_narrow_gradient_are_in_c(dtype, mo
 
 
 def fails(*args, **options):
-    raise subprocess.CalledProcessError(1, "cc")
+    raise subprocess.CalledProcessError(1, "cc", stderr=b"no such flag: \xff")
 
 
 @pytest.mark.parametrize("why", ["switched off", "no compiler", "it fails", "a damaged file"])
 @pytest.mark.usefixtures("fresh")
-def test_without_it_products_are_torchs(why, tmp_path, monkeypatch):
+def test_without_it_products_are_torchs(why, tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, logger="adamerge")
     monkeypatch.setenv("ADAMERGE_CACHE", str(tmp_path))
     if why == "switched off":
         monkeypatch.setenv("ADAMERGE_NATIVE", "0")
@@ -167,5 +183,6 @@ def test_without_it_products_are_torchs(why, tmp_path, monkeypatch):
     if why == "a damaged file":
         monkeypatch.setattr(native, "_compile", lambda compiler, folder: (folder / "native.so").write_text("no"))
     assert native._library() is None
+    assert (why != "it fails") or "no such flag: \ufffd" in caplog.text
     found = DenseDeltas(torch.ones(2, 3)).combine(torch.tensor([1.0, 2.0]), torch.ones(3))
     assert found.tolist() == [4.0] * 3

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import adamerge
-from adamerge import evaluation, training
+from adamerge import evaluation, scores, training
 from adamerge.backbones import Module, OpenCLIP
 from adamerge.data import TensorTask
 from adamerge.objectives import Entropy
@@ -97,6 +97,13 @@ def test_another_expert_under_the_same_name_is_scored(scored):
     second, merges, found = scored()
     assert (merges, found) == (4 + len(CLASSES), False)
     assert set(second) == set(first)
+
+
+def test_other_code_scores_anew(scored, monkeypatch):
+    scored()
+    assert scores._code() == scores._code.__wrapped__()
+    monkeypatch.setattr(scores, "_code", lambda: "changed")
+    assert scored()[1:] == (4 + len(CLASSES), False)
 
 
 def test_what_was_damaged_is_made_again(scored, tmp_path):
