@@ -29,13 +29,14 @@ from adamerge.types import KEPT, Batch, InputError, TaskOutput, raise_all
 log = logging.getLogger("adamerge")
 
 
-def adam(parameters: Any, *, guided: bool = False, fused: bool = True) -> Optimizer:
+def adam(parameters: Any, *, guided: bool = False, fused: bool | None = None) -> Optimizer:
     """The default optimiser: Adam at 1e-3, or at 1e-2 where experts or labels say where to go.
 
     Args:
         parameters: What is trained.
         guided: Every objective needs something of experts or labels.
-        fused: In one pass over each learnable; Lightning refuses it beside clipped gradients under mixed precision.
+        fused: In one pass over each learnable, as a run has it but where it clips gradients: Lightning refuses both
+            together under mixed precision. None: as torch has it.
 
     Source: AdaMerging, arXiv 2310.02575, for 1e-3 with the entropy. Deviation: 1e-2 under guidance, with which
     distillation gets as far in a tenth of the steps (benchmarks/optimizers.py); at 2e-2, adapters inside the network
@@ -133,7 +134,9 @@ class AdaMerge(pl.LightningModule):
         make = self._make_optimizer
         if make is adam:
             clipped = self._trainer is not None and bool(self.trainer.gradient_clip_val)
-            make = partial(adam, guided=all(objective.needs for objective in self.objectives), fused=not clipped)
+            make = partial(
+                adam, guided=all(objective.needs for objective in self.objectives), fused=None if clipped else True
+            )
         optimizer = make(list(self.model.learnables().values()))
         if self._make_scheduler is None:
             return optimizer

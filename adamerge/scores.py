@@ -8,7 +8,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from adamerge.data import UnlabeledTasks, samples_key
+from torch import nn
+
+from adamerge.data import UnlabeledTasks, is_known, samples_key
 from adamerge.evaluation import Scores
 from adamerge.files import atomic_file, cache_dir, digest
 from adamerge.merged import MergedModel
@@ -23,8 +25,8 @@ log = logging.getLogger("adamerge")
 def key_of(opened: Opened, model: MergedModel, raw: TaskVectors, data: UnlabeledTasks, settings: Any) -> str | None:
     """All that the baselines' scores depend on, as one digest.
 
-    None where it is not known: for sources without files, samples without a fingerprint, networks of the user's own,
-    whose code may change under the same name.
+    None where it is not known: for sources without files, samples without a fingerprint, networks of the user's own
+    and remote code, which may change under the same name.
 
     Args:
         opened: The sources.
@@ -34,21 +36,28 @@ def key_of(opened: Opened, model: MergedModel, raw: TaskVectors, data: Unlabeled
         settings: Whatever else the scores depend on, as plain data.
     """
     backbone, samples = model.backbone, data.scored_samples()
-    own = backbone.library != "pytorch" and type(backbone).__module__.startswith("adamerge.")
-    known = all(data.tasks[task].repeatable and getattr(samples[task], "fingerprint", None) for task in samples)
-    if not (own and known and raw.fingerprint()):
+    made_of = backbone.made_of() if type(backbone).__module__.startswith("adamerge.") else None
+    if made_of is None or raw.fingerprint() is None:
         return None
-    heads = {task: model.chain(task)[-1].state_dict() for task in model.tasks}
+    if not all(data.tasks[task].repeatable and is_known(each) for task, each in samples.items()):
+        return None
+    heads = {task: model.chain(task)[-1] for task in model.tasks}
     return digest_of(
         [(name, version(name)) for name in ("torch", "transformers", "open_clip_torch")],
         _code(),
         [raw.fingerprint(), opened.recipe.vectors.dtype, opened.excluded],
-        [spec(backbone), opened.space.skip, opened.space.buffer_policy],
-        {task: [(name, digest_of_tensor(tensor)) for name, tensor in head.items()] for task, head in heads.items()},
+        [spec(backbone), made_of, opened.space.skip, opened.space.buffer_policy],
+        {task: [type(head).__name__, head.num_classes, head.classes, _values(head)] for task, head in heads.items()},
+        _values(model.network),  # what is not merged: it may be the seed's, where the base lacks it
         {task: samples_key(each) for task, each in samples.items()},
         [data.eval_batch_size, data.bucket_by_length],
         settings,
     )
+
+
+def _values(module: nn.Module) -> dict[str, str]:
+    """The digests of a module's parameters and buffers, those that are not saved as well."""
+    return {name: digest_of_tensor(each) for name, each in (*module.named_parameters(), *module.named_buffers())}
 
 
 @cache
@@ -63,7 +72,8 @@ def find(key: str) -> dict[str, Scores] | None:
     """What was kept under a key."""
     try:
         found = json.loads(_file(key).read_text())
-        return {name: {task: float(score) for task, score in scores.items()} for name, scores in found.items()}
+        whole = {name: {task: float(score) for task, score in scores.items()} for name, scores in found.items()}
+        return whole if whole and all(whole.values()) else None
     except (OSError, ValueError, AttributeError, TypeError):  # none, or one that we cannot read
         return None
 

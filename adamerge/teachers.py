@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from adamerge.backbones.base import batch_size, to_device
 from adamerge.blocks import recorded_blocks
-from adamerge.data import UnlabeledTasks, samples_key
+from adamerge.data import UnlabeledTasks, is_known, samples_key
 from adamerge.files import built_once, cache_dir
 from adamerge.learnables import state_of
 from adamerge.merged import MergedModel
@@ -147,8 +147,9 @@ class Keeper:
         found: dict[str, Known] = {}
         for task in self._repeatable():
             sources = [state.sha256() for state in (opened.experts[task], opened.base)]  # it has what the expert lacks
+            network = [spec(model.backbone, strict=False), model.backbone.made_of()]
             key = digest_of(
-                self._data_key(task), sources, spec(model.backbone, strict=False), sorted(wanted),
+                self._data_key(task), sources, network, sorted(wanted),
                 [(n, digest_of_tensor(t)) for n, t in teachers.heads[task].state_dict().items()], list(teachers.blocks),
                 opened.space.skip, self._precision,
             )  # fmt: skip
@@ -217,7 +218,7 @@ class Keeper:
 
     def _lasts(self, task: str) -> bool:
         """Other runs know these samples again."""
-        return getattr(self._samples(task), "fingerprint", None) is not None
+        return is_known(self._samples(task))
 
     def _samples(self, task: str) -> Any:
         return self._data.datasets(self._data.split)[task]

@@ -26,7 +26,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,7 +38,7 @@ from adamerge.rules import LayerWise
 from adamerge.space import ParamSpace
 from adamerge.task_vectors import TaskVectors
 
-TASKS, FEW, REPEATS = (1, 2, 4, 8, 16, 32, 64), 8, 3
+TASKS, FEW, REPEATS = (1, 2, 4, 8, 16, 32, 64), 8, 5
 SIDE, NOISE = 1024, 1e-3  # the tensors are square and of about a million numbers; of the experts' weights
 LINEAR, FLAT = 1.25, 1.1  # aims: time over the line's, and its inverse, at most; most over least memory at most
 
@@ -173,7 +173,8 @@ def limited(size: int) -> Iterator[Path]:
         (group / ("memory.limit_in_bytes" if old.is_dir() else "memory.max")).write_text(str(size))
         yield group
     finally:
-        group.rmdir()
+        with suppress(OSError):  # a process of a run that failed may still be ending
+            group.rmdir()
 
 
 def slope(points: list[Point]) -> float:

@@ -149,7 +149,7 @@ def peaks(inputs: Inputs, number: int) -> None:
 
 def largest(folder: Path, shape: str, gib: float) -> None:
     """The table of the largest T that FusionBench has memory for, and of ours at the same T."""
-    one = {"warm": 0, "steps": 3}
+    one = {"warm": 0, "steps": 5}
 
     def write(tasks: int) -> Inputs:
         return Inputs.write(folder, shape=shape, tasks=tasks, images=2)
@@ -178,7 +178,7 @@ def largest(folder: Path, shape: str, gib: float) -> None:
     ]
     show(
         f"The most tasks that {PEER} has memory for within {limit / GIB:.1f} GiB: {tasks}; {tasks + 1} were too many",
-        f"{inputs.describe()}; medians of 3 steps; reckoned from 2 and 6 "
+        f"{inputs.describe()}; medians of 5 steps; reckoned from 2 and 6 "
         f"tasks, {(more - few) / 4e6:.0f} MB each: {reckoned[limit]}, and {reckoned[int(gib * GIB)]} within {gib:g} "
         f"GiB; the gradients differ by {apart:.0e} of their norm{company()}",
         [f"step of {tasks} tasks", "seconds", "FusionBench's over it", *MEMORY],

@@ -66,7 +66,7 @@ def main() -> None:
                 "imports of torch, lightning and open_clip": ran("-c", f"{LIBRARIES}; {END}"),
                 "the same and of datasets": ran("-c", f"{LIBRARIES}, datasets; {END}"),
                 "the command to its first step": ran(*fit),
-                "the first one on these files, which scores baselines": ran(*fit, cache=cache),
+                "the command where baselines are to be scored": ran(*fit, cache=cache),
                 "the command without baselines": ran(*fit, "--run.baselines", "false"),
             },
             repeats=REPEATS,

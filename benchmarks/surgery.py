@@ -11,9 +11,9 @@ held in memory. At most the number of encoder passes then, over those that are n
 `--peer` compares with FusionBench: the loop of its surgery algorithm's `run`, on given coefficients and with its own
 adapters. There the merged tower and the expert see 16 pictures of every task at each of 1000 steps. Ours encodes each
 picture once by both towers, and steps on what it kept. Before times are compared, the adapters' gradients of the first
-step, on what both towers say, are asserted to be the same. On random weights and pictures, both are reckoned from a few
-steps (`--run`), and the number of pictures of a task (`--pictures`) decides how much is gained. `--zoo`: on the zoo's
-towers and pictures all steps are run, and beside them `adamerge.train`, with all that a command does after its checks.
+step, on what both towers say, are asserted to be the same. On random weights and pictures, both are reckoned from the
+median of a few steps (`--run`), and the number of pictures of a task (`--pictures`) decides how much is gained.
+`--zoo`: on the zoo's towers and pictures, from the median of all 1000, and beside them `adamerge.train`'s training.
 """
 
 import argparse
@@ -54,7 +54,7 @@ from adamerge.teachers import Keeper
 from adamerge.types import KEPT, TaskInfo
 
 FILES = [CONFIGS / "demo.yaml", CONFIGS / "recipes" / "zoo_surgery.yaml"]
-REPEATS, STEPS = 3, 1000
+REPEATS, STEPS, PICTURES = 3, 1000, 500  # of each task; the zoo has as many
 AIM = 0.8  # of what can be gained
 TOLERANCE = 1e-3  # of the gradient's norm
 
@@ -158,7 +158,7 @@ def against_peer(inputs: Inputs, pictures: int, steps: int, whole: float | None 
     every, kept = STEPS * theirs.step, encoding * pictures / 16 + STEPS * step
     rows = [("adamerge, kept", kept)]
     if whole is not None:
-        rows.append(("adamerge.train, decoding and all counted", whole))
+        rows.append(("adamerge.train, decoding and logging counted", whole))
     show(
         f"Seconds of {STEPS} steps of Surgery: adamerge and {PEER}",
         f"{inputs.describe()}; reckoned from the medians of {steps} steps: FusionBench's {theirs.step:.4f} s; ours "
@@ -192,11 +192,13 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", action="store_true", help="compare with FusionBench")
-    parser.add_argument("--pictures", type=int, default=500, help="of each task; the zoo has as many")
+    parser.add_argument("--pictures", type=int, default=PICTURES, help="of each task; the zoo has as many")
     parser.add_argument("--run", type=int, help="steps that the times are reckoned from: 20, on the zoo 1000")
     parser.add_argument("--small", action="store_true", help="a small tower")
     parser.add_argument("--zoo", action="store_true", help="the zoo's towers and pictures")
     asked = parser.parse_args()
+    if asked.zoo and not (asked.peer and asked.pictures == PICTURES and not asked.small):
+        parser.error("--zoo goes with --peer and --run alone: towers and pictures are the zoo's")
     if not asked.peer:
         on_the_zoo()
         return
@@ -207,7 +209,7 @@ def main() -> None:
             with only_the_zoo(name):
                 options = {"data.batch_size": 16, "trainer.max_steps": STEPS, "trainer.val_check_interval": None}
                 whole, _ = trained(name, kept=True, decoded=False, **options)
-            against_peer(inputs, 500, asked.run or STEPS, whole)
+            against_peer(inputs, PICTURES, asked.run or STEPS, whole)
         else:
             shape = "small" if asked.small else "ViT-B/32"
             against_peer(Inputs.write(Path(name), shape=shape, tasks=8, images=16), asked.pictures, asked.run or 20)
@@ -215,10 +217,11 @@ def main() -> None:
 
 @contextmanager
 def only_the_zoo(folder: str) -> Iterator[None]:
-    """A cache with the zoo and its heads, and nothing else that was kept."""
+    """A cache with the zoo, its heads, digests of files and compiled products, and nothing else that was kept."""
     cache = Path(folder) / "cache"
     cache.mkdir()
-    for name in ("demo", "heads"):
+    for name in ("demo", "heads", "native", "sha256"):
+        (cache_dir() / name).mkdir(parents=True, exist_ok=True)
         (cache / name).symlink_to(cache_dir() / name)
     with patch.dict(os.environ, ADAMERGE_CACHE=str(cache)):
         yield

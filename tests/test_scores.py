@@ -1,18 +1,21 @@
 """The baselines' scores are found again by later runs on the same sources and samples, and by no others."""
 
+import json
 import logging
 from functools import partial
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import adamerge
 from adamerge import evaluation, scores, training
-from adamerge.backbones import Module, OpenCLIP
-from adamerge.data import TensorTask
+from adamerge.backbones import Module, OpenCLIP, TextClassifier
+from adamerge.data import HFDataset, TensorTask
 from adamerge.objectives import Entropy
+from adamerge.recipe import SpaceOptions, VectorOptions
 from adamerge.rules import LayerWise, TaskWise
+from tests import checkpoints_hf
 from tests.clips import CLASSES, write_clip, write_clips
 
 QUIET = {"max_steps": 1, "logger": False, "enable_progress_bar": False, "val_check_interval": None}
@@ -65,7 +68,7 @@ def test_a_later_run_finds_them_whatever_it_learns(scored):
     assert set(first) == {"base", "average", "task arithmetic", "TIES", *(f"expert {name}" for name in CLASSES)}
     assert scored() == (first, 0, True)
     assert scored(rule=partial(TaskWise, init=0.1), trainer={"max_steps": 2}) == (first, 0, True)
-    assert scored(space=adamerge.recipe.SpaceOptions(group="block")) == (first, 0, True)
+    assert scored(space=SpaceOptions(group="block")) == (first, 0, True)
 
 
 @pytest.mark.parametrize(
@@ -77,8 +80,8 @@ def test_a_later_run_finds_them_whatever_it_learns(scored):
         pytest.param({"data": {"eval_split": "train"}}, id="another split"),
         pytest.param({"trainer": {"precision": "bf16-mixed"}}, id="another precision"),
         pytest.param({"templates": ("{} in a box.",)}, id="other heads"),
-        pytest.param({"space": adamerge.recipe.SpaceOptions(skip=".*ln_post.*")}, id="fewer tensors"),
-        pytest.param({"vectors": adamerge.recipe.VectorOptions(dtype="bfloat16")}, id="narrower vectors"),
+        pytest.param({"space": SpaceOptions(skip=".*ln_post.*")}, id="fewer tensors"),
+        pytest.param({"vectors": VectorOptions(dtype="bfloat16")}, id="narrower vectors"),
     ],
 )
 def test_whatever_they_depend_on_has_them_made_again(scored, change):
@@ -106,10 +109,11 @@ def test_other_code_scores_anew(scored, monkeypatch):
     assert scored()[1:] == (4 + len(CLASSES), False)
 
 
-def test_what_was_damaged_is_made_again(scored, tmp_path):
+@pytest.mark.parametrize("damaged", ["{", "{}", '{"base": {}}', "[]"])
+def test_what_was_damaged_is_made_again(scored, tmp_path, damaged):
     first, *_ = scored()
     (file,) = (tmp_path / "cache" / "scores").iterdir()
-    file.write_text("{")
+    file.write_text(damaged)
     assert scored() == (first, 4 + len(CLASSES), False)
     assert scored()[1:] == (0, True)
 
@@ -120,3 +124,74 @@ def test_code_of_ones_own_may_change_under_its_name(tmp_path, monkeypatch, confi
     assert isinstance(run.learned.backbone, Module)
     assert "average" in run.scores
     assert not (tmp_path / "cache" / "scores").exists()
+
+
+@pytest.fixture
+def texts(tmp_path, monkeypatch):
+    """A function that makes a run over tiny BERTs and says how many merges it has scored; its `paths` may change."""
+    monkeypatch.setenv("ADAMERGE_CACHE", str(tmp_path / "cache"))
+    paths = checkpoints_hf.write(tmp_path / "berts", "bert", "AutoModelForSequenceClassification")
+    tasks = {}
+    for task, names in checkpoints_hf.CLASSES.items():
+        file = tmp_path / f"{task}.jsonl"
+        rows = [{"text": " ".join(checkpoints_hf.WORDS[n % 5 : n % 5 + 3]), "label": n % len(names)} for n in range(12)]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        tasks[task] = HFDataset({"train": str(file), "test": str(file)}, classes=names)
+
+    def run(seed=0, skip=None, **options):
+        calls, original = [], evaluation.evaluate
+        monkeypatch.setattr(training, "evaluate", lambda *given: (calls.append(1), original(*given))[1])
+        experts = {task: str(paths[task]) for task in tasks}
+        recipe = adamerge.Recipe(
+            str(paths["base"]),
+            experts,
+            TextClassifier(**options),
+            space=SpaceOptions(skip=skip),
+            objectives=[Entropy()],
+        )
+        data = adamerge.UnlabeledTasks(tasks, batch_size=4)
+        made = {"root": str(tmp_path / "runs"), "baselines": True}
+        adamerge.train(recipe, data, trainer=QUIET, run=made, seed_everything=seed)
+        monkeypatch.setattr(training, "evaluate", original)
+        return len(calls) - 1
+
+    run.paths = paths
+    return run
+
+
+def edit(paths, file, change):
+    for folder in paths.values():
+        known = json.loads((folder / file).read_text())
+        change(known)
+        (folder / file).write_text(json.dumps(known))
+
+
+def test_another_architecture_or_tokenizer_under_the_same_weights_scores_anew(texts):
+    assert (texts(), texts(seed=3)) == (6, 0)
+    edit(texts.paths, "config.json", lambda known: known.update(num_attention_heads=8, hidden_act="relu"))
+    assert (texts(), texts()) == (6, 0)
+
+    def exchange(known):
+        words = known["model"]["vocab"]
+        words["pig"], words["owl"] = words["owl"], words["pig"]  # in no sample
+
+    edit(texts.paths, "tokenizer.json", exchange)
+    assert (texts(), texts()) == (6, 0)
+
+
+def test_remote_code_may_change_under_its_name(texts):
+    assert (texts(remote_code=True), texts(remote_code=True)) == (6, 6)
+
+
+def test_tensors_that_nobody_gives_are_the_seeds(texts):
+    for folder in texts.paths.values():
+        file = folder / "model.safetensors"
+        kept = {name: tensor for name, tensor in load_file(file).items() if "layer.0.intermediate" not in name}
+        save_file(kept, file, {"format": "pt"})
+    skip = {"skip": r".*layer\.0\.intermediate.*"}
+    assert (texts(**skip), texts(**skip), texts(seed=7, **skip)) == (6, 0, 6)
+
+
+def test_samples_whose_fingerprint_is_no_text_are_not_known(scored, monkeypatch):
+    monkeypatch.setattr("adamerge.data.base._Tensors.fingerprint", b"abc")
+    assert scored()[1:] == scored()[1:] == (4 + len(CLASSES), False)

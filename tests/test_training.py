@@ -12,6 +12,7 @@ import yaml
 import adamerge
 from adamerge.artifact import open_merge
 from adamerge.files import sha256
+from adamerge.module import adam
 from adamerge.types import InputError, NonFiniteLoss
 from tests.tiny import TASKS, Net, write_pool
 
@@ -493,6 +494,19 @@ def test_what_cannot_be_written_down_is_refused_before_training(pool, tmp_path):
     recipe = Recipe(str(pool["base"]), experts, Module(lambda: Net()), space=SpaceOptions(skip="head"))
     with pytest.raises(InputError, match="cannot be written down"):
         adamerge.train(recipe, data_of(), trainer={"max_steps": 1})
+
+
+def test_adam_is_fused_where_nothing_is_clipped(config):
+    def fused(clip):
+        seen = []
+        callback = pl.Callback()
+        callback.on_train_end = lambda trainer, _: seen.append(trainer.optimizers[0].defaults["fused"])
+        adamerge.train(config(trainer={"gradient_clip_val": clip, "max_steps": 1, "callbacks": [callback]}))
+        return seen
+
+    assert fused(None) == [True]
+    assert fused(1e-6) == [None]
+    assert adam([torch.nn.Parameter(torch.ones(1))], guided=True).defaults["fused"] is None
 
 
 def test_lightnings_own_switches_work(config):

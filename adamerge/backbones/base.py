@@ -173,6 +173,13 @@ class Backbone(Recorded, ABC):
         """Further files the answers depend on, by a name for each; hashed with the merge. Default: none."""
         return {}
 
+    def made_of(self) -> Sequence[Any] | None:
+        """What features and preprocessing depend on beside checkpoints and arguments, as plain data with digests.
+
+        For what is kept for later runs. Default: None, it cannot be told, and less is kept.
+        """
+        return None
+
     def concatenate(self, batches: Sequence[Batch]) -> Batch:
         """Several tasks' batches as one, for networks that run faster on one large batch. Labels are left out.
 

@@ -100,13 +100,15 @@ class OpenCLIP(ZeroShot):
     def open(self, source: str) -> State:
         return self._source.image_state(source)
 
+    def made_of(self) -> Sequence[Any]:
+        return [self._source.config(), *([file.name, sha256(file)] for file in self._source.tokenizer_files())]
+
     # --- heads
 
     def heads(self, tasks: Sequence[TaskInfo]) -> dict[str, TaskModule]:
         base = tasks[0].base
         assert isinstance(base, State)
-        made_of = [base.sha256(), self._source.config()]
-        made_of += [[file.name, sha256(file)] for file in self._source.tokenizer_files()]
+        made_of = [base.sha256(), *self.made_of()]
 
         def embedder() -> Embed:
             clip, tokenize = self._whole(base), self._source.tokenizer()

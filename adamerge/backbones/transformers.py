@@ -17,6 +17,7 @@ from adamerge.backbones.folder import FolderWriter
 from adamerge.backbones.layout import Layout
 from adamerge.blocks import block_names
 from adamerge.checkpoints import PICKLES, State, absolute, locate, open_headers, open_state
+from adamerge.files import sha256
 from adamerge.task_modules import TaskModule
 from adamerge.types import InputError
 
@@ -24,6 +25,7 @@ from adamerge.types import InputError
 _FREE = re.compile(
     r"drop|init|label|problem_type|token_id|finetuning|checkpointing|vocab_size|projection_dim|use_cache|^output_|^return_"
 )
+_SETTINGS = (".json", ".txt", ".model", ".jinja")  # of architecture, preprocessing and tokenizer
 _REMOTE = "trust_remote_code"  # what transformers' complaint of a folder with code of its own contains
 
 
@@ -67,6 +69,12 @@ class Transformers(Backbone):
         if self._model is None:
             raise InputError(f"{type(self).__name__} has no `model`; name a folder or a hub id.")
         return self._model
+
+    def made_of(self) -> Sequence[Any] | None:
+        if self._remote:
+            return None
+        files = sorted(file for file in locate(self.model, weights=False).iterdir() if file.suffix in _SETTINGS)
+        return [[file.name, sha256(file)] for file in files]
 
     # --- the network
 

@@ -1,6 +1,6 @@
 """Unlabeled samples of every task, and labelled ones to evaluate on."""
 
-from adamerge.data.base import MissingSplit, TaskData, TensorTask, samples_key
+from adamerge.data.base import MissingSplit, TaskData, TensorTask, is_known, samples_key
 from adamerge.data.digits import Digits
 from adamerge.data.hf import HFDataset
 from adamerge.data.images import ImageFolder
@@ -17,5 +17,6 @@ __all__ = [
     "TaskData",
     "TensorTask",
     "UnlabeledTasks",
+    "is_known",
     "samples_key",
 ]

@@ -16,6 +16,11 @@ class MissingSplit(InputError):
     """There is no such split: a task whose evaluation split is missing is not scored."""
 
 
+def is_known(samples: Dataset[Mapping[str, Any]]) -> bool:
+    """Other runs know these samples again, by their fingerprint."""
+    return isinstance(getattr(samples, "fingerprint", None), str)
+
+
 def samples_key(samples: Dataset[Mapping[str, Any]], unknown: Any = None) -> list[Any]:
     """What prepared samples depend on, as plain data; the first of them speaks for the preprocessing.
 
@@ -24,7 +29,8 @@ def samples_key(samples: Dataset[Mapping[str, Any]], unknown: Any = None) -> lis
         unknown: Stands for the fingerprint of samples that have none.
     """
     first = {name: digest_of_tensor(value) for name, value in samples[0].items() if isinstance(value, Tensor)}
-    return [getattr(samples, "fingerprint", None) or unknown, len(samples), first]  # type: ignore[arg-type]
+    fingerprint = samples.fingerprint if is_known(samples) else unknown  # type: ignore[attr-defined]
+    return [fingerprint, len(samples), first]  # type: ignore[arg-type]
 
 
 class TaskData(Recorded, ABC):
@@ -100,8 +106,10 @@ class _Tensors(Dataset[Mapping[str, Any]]):
     @cached_property
     def fingerprint(self) -> str:
         """Of the values."""
-        values = (tensor.contiguous().view(torch.uint8).numpy() for tensor in (self._inputs, self._labels))
-        return hashlib.sha256(b"".join(map(bytes, values))).hexdigest()
+        found = hashlib.sha256()
+        for tensor in (self._inputs, self._labels):
+            found.update(tensor.contiguous().view(torch.uint8).numpy().data)
+        return found.hexdigest()
 
     @property
     def labelled(self) -> bool:

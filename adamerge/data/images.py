@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ class _Files(Dataset[Mapping[str, Any]]):
     def __init__(self, samples: Sequence[tuple[Path, int]]) -> None:
         self._samples = samples
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Of the files' names, sizes and times, and of their labels."""
         stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns, label) for file, label in self._samples]
