@@ -102,6 +102,16 @@ def test_another_expert_under_the_same_name_is_scored(scored):
     assert set(second) == set(first)
 
 
+def test_another_preprocessing_scores_anew(scored):
+    first = scored()
+    edit({"base": scored.folders["base"]}, "open_clip_config.json", squash)
+    assert first[1:] == scored()[1:] == (4 + len(CLASSES), False)
+
+
+def squash(known):
+    known["preprocess_cfg"]["resize_mode"] = "squash"
+
+
 def test_other_code_scores_anew(scored, monkeypatch):
     scored()
     assert scores._code() == scores._code.__wrapped__()

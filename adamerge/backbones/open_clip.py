@@ -101,7 +101,10 @@ class OpenCLIP(ZeroShot):
         return self._source.image_state(source)
 
     def made_of(self) -> Sequence[Any]:
-        return [self._source.config(), *([file.name, sha256(file)] for file in self._source.tokenizer_files())]
+        home = self._source.folder
+        settings = home.glob(CONFIG) if home is not None else ()  # of the preprocessing, too
+        files = [*settings, *self._source.tokenizer_files()]
+        return [self._source.config(), *([file.name, sha256(file)] for file in files)]
 
     # --- heads
 
