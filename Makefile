@@ -4,7 +4,7 @@ VENV ?= .venv
 LOWEST ?= .venv-lowest
 BIN := $(VENV)/bin
 
-.PHONY: demo test coverage test-lowest lint format types bench clean
+.PHONY: demo test test-all coverage test-lowest lint format types bench clean
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -15,7 +15,11 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m adamerge.fit --config configs/demo.yaml
 
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
+
+# The exhaustive rest: whole trainings, every architecture, pools trained anew.
+test-all: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope -m slow $(ARGS)
 
 # The same, and which lines it runs; it takes half as long again.
 coverage: $(VENV)/.installed

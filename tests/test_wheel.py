@@ -10,6 +10,7 @@ from zipfile import ZipFile
 import pytest
 
 ROOT = Path(__file__).parent.parent
+POOLS = ROOT / "adamerge" / "demo" / "pools"
 SDIST = "import sys, setuptools.build_meta as backend; print(backend.build_sdist(sys.argv[1]))"
 
 
@@ -35,7 +36,7 @@ def wheels(tmp_path_factory):
     home = tmp_path_factory.mktemp("wheels")
     for name in ("copy", "direct", "sdist"):
         (home / name).mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, home / "copy")
     for name in ("adamerge", "configs", "tests", "benchmarks"):
         shutil.copytree(ROOT / name, home / "copy" / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
@@ -52,8 +53,9 @@ def test_the_wheel_holds_package_configurations_and_licence(wheels, way):
     beside = {name for name in names if ".dist-info/" in name}
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "adamerge").rglob("*.py")}
     configs = {f"adamerge/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").rglob("*.*")}
-    assert names - beside == modules | configs | {"adamerge/native.c"}
-    assert any(name.endswith("licenses/LICENSE") for name in beside)
+    pools = {path.relative_to(ROOT).as_posix() for path in POOLS.rglob("*") if path.is_file()}
+    assert names - beside == modules | configs | pools | {"adamerge/native.c"}
+    assert {"LICENSE", "NOTICE"} <= {name.rpartition("licenses/")[2] for name in beside}
     assert any(name.endswith("entry_points.txt") for name in beside)
 
 

@@ -1,8 +1,9 @@
-"""Five tasks over scikit-learn's handwritten digits (1797 real scans of 8 x 8), one pretrained base, five experts.
+"""Five tasks over handwritten digits (1797 real scans of 8 x 8), one pretrained base, five experts.
 
-The base learns, without digit labels, to tell which of eight ways a scan was turned and inverted. A linear head per
-task is fitted on the base's features and frozen; each expert then fine-tunes the body under its head. All share one
-body, as CLIP's image tower is shared under its zero-shot heads.
+The base learned, without digit labels, to tell which of eight ways a scan was turned and inverted. A linear head per
+task was fitted on the base's features and frozen; each expert then fine-tuned the body under its head. All share one
+body, as CLIP's image tower is shared under its zero-shot heads. Scans and weights come with the package (`shipped.py`);
+`digits_training.py` made them.
 """
 
 from functools import lru_cache
@@ -10,17 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import torch
 import torch.nn.functional as F
-from rich.progress import Progress
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from adamerge.demo.shipped import POOLS, load_half
 from adamerge.files import built_once, cache_dir
-from adamerge.terminal import progress_console
 from adamerge.types import InputError
 
-VERSION = "1"  # part of the cache's path: raise it when anything here changes what is built
+VERSION = "2"  # part of the cache's path: raise it when the shipped files change
 TASKS = ("digit", "turned", "inverted", "parity", "large")
 CLASSES: dict[str, tuple[str, ...]] = {
     "digit": tuple("0123456789"),
@@ -31,6 +30,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
 }
 SPLITS = {"train": slice(0, 797), "unlabeled": slice(797, 1297), "test": slice(1297, 1797)}
 WIDTH = 48
+NOISE = 64
 
 
 class DigitNet(nn.Module):
@@ -66,84 +66,41 @@ def samples(task: str, split: str) -> tuple[Tensor, Tensor]:
         raise InputError(
             f"The digits have tasks {', '.join(TASKS)} and splits {', '.join(SPLITS)}; asked for {task}, {split}."
         )
-    image, digit = (torch.from_numpy(array[SPLITS[split]]) for array in scans())
-    image = image.float()[:, None] * 2 - 1
+    image, digit, noise = (tensor[SPLITS[split]] for tensor in _shipped())
+    image = image.float()[:, None] / 8 - 1
     if task == "turned":
         image = image.rot90(1, (2, 3))
     if task == "inverted":
-        noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(SPLITS[split].start))
-        image = -image + 0.4 * noise
+        image = noise.float()[:, None] / NOISE - image
     label = {"parity": digit % 2, "large": (digit > 4).long()}.get(task, digit)
     return image.contiguous(), label
 
 
-@lru_cache(maxsize=1)
 def scans() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
-    """scikit-learn's 1797 scans, shuffled: pixels [N, 8, 8] in [0, 1], 1 where there is ink, and digits [N]."""
-    from sklearn.datasets import load_digits
+    """The 1797 scans: pixels [N, 8, 8] in [0, 1], 1 where there is ink, and digits [N]."""
+    image, digit, _ = _shipped()
+    return image.double().numpy() / 16, digit.numpy()
 
-    found = load_digits()
-    order = np.random.RandomState(0).permutation(len(found.target))
-    return found.images[order] / 16, found.target[order].astype(np.int64)
+
+@lru_cache(maxsize=1)
+def _shipped() -> tuple[Tensor, Tensor, Tensor]:
+    """Ink [N, 8, 8] of 0 to 16, digits [N], and the noise [N, 8, 8] of the inverted scans in steps of 1 / NOISE."""
+    held = load_file(POOLS / "digits" / "scans.safetensors")
+    return held["ink"], held["digit"].long(), held["noise"]
 
 
 def locate(model: str) -> Path:
-    """The safetensors file of `base` or of a task's expert; the whole pool is trained first if it is not cached."""
+    """The safetensors file of `base` or of a task's expert, unpacked on first use.
+
+    Raises:
+        InputError: No such model.
+    """
     if model not in ("base", *TASKS):
         raise InputError(f"The demo pool digits has no model '{model}'; it has base, {', '.join(TASKS)}.")
-    return built_once(cache_dir() / "demo" / f"digits-{VERSION}", build) / f"{model}.safetensors"
+    return built_once(cache_dir() / "demo" / f"digits-{VERSION}", unpack) / f"{model}.safetensors"
 
 
-def build(folder: Path) -> None:
-    """Train the base and the five experts into a folder; the same bits on one machine with one number of threads."""
-    with torch.random.fork_rng(devices=[]), Progress(console=progress_console(), transient=True) as progress:
-        torch.manual_seed(0)
-        bar = progress.add_task("Training the digits demo, once", total=1 + len(TASKS))
-        net = DigitNet()
-        _pretrain(net)
-        save_file(net.state_dict(), folder / "base.safetensors")
-        base = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-        for task in TASKS:
-            progress.update(bar, advance=1)
-            net.load_state_dict(base)
-            head = _fitted_head(net, task)
-            _train(net, *samples(task, "train"), head, train_head=False, epochs=10, lr=5e-4)
-            state = {**net.state_dict(), "head.weight": head.weight.detach(), "head.bias": head.bias.detach()}
-            save_file(state, folder / f"{task}.safetensors")
-
-
-def _pretrain(net: DigitNet) -> None:
-    image, _ = samples("digit", "train")
-    views = [flip * image.rot90(turn, (2, 3)) for turn in range(4) for flip in (1, -1)]
-    view = torch.arange(len(views)).repeat_interleave(len(image))
-    _train(net, torch.cat(views), view, nn.Linear(WIDTH, len(views)), train_head=True, epochs=2, lr=1e-3)
-
-
-def _fitted_head(net: DigitNet, task: str) -> nn.Linear:
-    """A linear head on the frozen features, full-batch."""
-    image, label = samples(task, "train")
-    with torch.no_grad():
-        features = net(image)
-    head = nn.Linear(WIDTH, len(CLASSES[task]))
-    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=50, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        value = F.cross_entropy(head(features), label) + 1e-3 * head.weight.square().sum()
-        value.backward()
-        return value
-
-    optimizer.step(loss)
-    return head
-
-
-def _train(
-    net: nn.Module, image: Tensor, label: Tensor, head: nn.Linear, *, train_head: bool, epochs: int, lr: float
-) -> None:
-    parameters = [*net.parameters(), *(head.parameters() if train_head else ())]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
-    for _ in range(epochs):
-        for batch in torch.randperm(len(image)).split(64):
-            optimizer.zero_grad()
-            F.cross_entropy(head(net(image[batch])), label[batch]).backward()
-            optimizer.step()
+def unpack(folder: Path, shipped: Path = POOLS / "digits") -> None:
+    """Write base and experts into a folder, in fp32."""
+    for model in ("base", *TASKS):
+        save_file(load_half(shipped / f"{model}.safetensors"), folder / f"{model}.safetensors")
