@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,40 @@ log = logging.getLogger("adamerge")
 def cache_dir() -> Path:
     """Where built demos, hashes and memory-mapped vectors are kept: `$ADAMERGE_CACHE`, else the user's cache folder."""
     return Path(os.environ.get("ADAMERGE_CACHE") or platformdirs.user_cache_dir("adamerge")).expanduser()
+
+
+def private_dirs(name: str) -> Iterator[Path]:
+    """Yield folders for code that is run, as real paths: in the cache folder, then beside the user's own.
+
+    Nobody else can look into them. A folder that another user but root can change is left out, as is one of root's.
+    """
+    for folder in (cache_dir() / name, Path(platformdirs.user_cache_dir(f"adamerge-{name}"))):
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            real = only_ours(folder)
+            if real is not None:
+                real.chmod(0o700)  # one that was there; what is made in it is open to the group under some umasks
+        except OSError as error:
+            log.debug("%s cannot be used: %s", folder, error)
+            continue
+        if real is not None:
+            yield real
+
+
+def only_ours(path: Path) -> Path | None:
+    """Return the real path of a file or folder that this user and root alone can change or replace; None for others.
+
+    The same must hold for every folder above it. One exception: in a folder above that is open to all but sticky, as
+    /tmp is, each entry belongs to its owner. Windows has no such modes, and all paths pass there.
+    """
+    real = Path(os.path.realpath(path, strict=True))
+    for place in [*reversed(real.parents), real] if hasattr(os, "getuid") else ():
+        found = place.lstat()
+        is_open = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        is_sticky = place != real and found.st_mode & stat.S_ISVTX
+        if found.st_uid not in (0, os.getuid()) or (is_open and not is_sticky):
+            return None
+    return real
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -116,8 +151,8 @@ def _is_whole(folder: Path) -> bool:
 def sha256(path: Path) -> str:
     """Hex digest of a file, remembered by path, size and modification time."""
     path = path.resolve()
-    stat = path.stat()
-    stamp = [str(path), stat.st_size, stat.st_mtime_ns]
+    now = path.stat()
+    stamp = [str(path), now.st_size, now.st_mtime_ns]
     memo = cache_dir() / "sha256" / (hashlib.sha256(str(path).encode()).hexdigest()[:24] + ".json")
     try:
         known = json.loads(memo.read_text())

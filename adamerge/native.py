@@ -1,8 +1,9 @@
 """The products of dense task vectors in C, for the CPU: compiled on first use, where there is a compiler.
 
 Torch widens narrow vectors in a pass of their own and reads what it wrote; a single pass runs at the speed of the
-memory. Without a compiler, for other types or devices, and with `ADAMERGE_NATIVE=0`, the caller takes torch's own. As
-with torch's own threads, a process that was forked after a product must not ask for another on more than one thread.
+memory. The library is kept where nobody else can write. Without a compiler, for other types or devices, and with
+`ADAMERGE_NATIVE=0`, the caller takes torch's own. As with torch's own threads, a process that was forked after a
+product must not ask for another on more than one thread.
 """
 
 import ctypes
@@ -12,18 +13,19 @@ import os
 import platform
 import shutil
 import subprocess
+import tempfile
 from functools import cache, partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from adamerge.files import built_once, cache_dir
+from adamerge.files import built_once, cache_dir, only_ours, private_dirs
 from adamerge.types import InputError
 
 log = logging.getLogger("adamerge")
 
-_SOURCE = Path(__file__).with_suffix(".c")
+_SOURCE, _LIBRARY = Path(__file__).with_suffix(".c"), "native.so"
 # The sum of a block may be taken in any order, but infinities and NaN stay what they are.
 _FLAGS = ("-O3", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-ffp-contract=fast")
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -80,13 +82,7 @@ def _library() -> ctypes.CDLL | None:
         log.debug("No C compiler: products of task vectors are torch's own.")
         return None
     try:
-        made_for = [_SOURCE.read_text(), compiler, *_FLAGS, _processor()]
-        folder = cache_dir() / "native" / hashlib.sha256(repr(made_for).encode()).hexdigest()[:32]
-        compiled = built_once(folder, partial(_compile, compiler)) / "native.so"
-        if hasattr(os, "getuid") and compiled.stat().st_uid not in (0, os.getuid()):
-            log.info("The products of task vectors are torch's own: %s is another user's, and is not run.", compiled)
-            return None
-        library = ctypes.CDLL(str(compiled))
+        library = _loaded(compiler)
     except (OSError, InputError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or b""
         log.info("The products of task vectors are torch's own: %s %s", error, said.decode(errors="replace").strip())
@@ -99,15 +95,39 @@ def _library() -> ctypes.CDLL | None:
     return library
 
 
+def _loaded(compiler: str) -> ctypes.CDLL:
+    """The library, from a folder that nobody else can write to: whoever could would have code of his own run."""
+    made_for = [_SOURCE.read_text(), compiler, *_FLAGS, _processor()]
+    name = hashlib.sha256(repr(made_for).encode()).hexdigest()[:32]
+    for home in private_dirs("native"):  # nothing below can be another's between its check and its use
+        try:
+            made = only_ours(built_once(home / name, partial(_compile, compiler)) / _LIBRARY)
+        except (OSError, InputError) as error:  # a disk may be full, a folder root's
+            log.debug("%s cannot be used: %s", home, error)
+            continue
+        if made is not None:
+            return ctypes.CDLL(str(made))
+    with tempfile.TemporaryDirectory(prefix="adamerge-", ignore_cleanup_errors=True) as made_now:
+        folder = only_ours(Path(made_now))
+        if folder is None:
+            raise InputError(
+                f"Others can write to {cache_dir()} and {made_now}; set ADAMERGE_CACHE to your own folder."
+            )
+        log.info("Products of task vectors are compiled for this process alone: others can write to %s.", cache_dir())
+        _compile(compiler, folder)
+        return ctypes.CDLL(str(folder / _LIBRARY))  # stays loaded once its file is gone
+
+
 def _compile(compiler: str, folder: Path) -> None:
     """Linked with no runtime for threads: that is torch's own, in this process already, so that no other competes."""
-    unlinked, made = folder / "native.o", folder / "native.so"
+    folder.chmod(0o700)  # for the umask may let the group write
+    unlinked, made = folder / "native.o", folder / _LIBRARY
     steps = (
         [*_FLAGS, "-march=native", "-fPIC", "-fopenmp", "-c", str(_SOURCE), "-o", str(unlinked)],
         ["-shared", str(unlinked), "-o", str(made)],
     )
     for arguments in steps:
-        subprocess.run([compiler, *arguments], check=True, capture_output=True, timeout=60)
+        subprocess.run([compiler, *arguments], check=True, capture_output=True, timeout=60, umask=0o077)
     unlinked.unlink()
 
 
