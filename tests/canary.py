@@ -97,6 +97,7 @@ def quiet_canary(tmp_path, monkeypatch):
     """Nobody may be asked at a terminal; modules of strangers lie in a folder of the test."""
     asked = []
     monkeypatch.setattr(builtins, "input", lambda prompt="": asked.append(prompt) or "no")
+    monkeypatch.setenv("ADAMERGE_CACHE", str(tmp_path / "cache"))  # a head that was kept would hide how it is made
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
     yield Canary(tmp_path)

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 from contextlib import suppress
 
 import pytest
@@ -294,12 +296,34 @@ def test_the_guard_reads_pickles_for_tensors_alone(canary, tmp_path, monkeypatch
 
 
 def test_the_guard_leaves_everything_as_it_was(canary, stranger, monkeypatch):
-    before = (dynamic_module_utils.get_cached_module_file, dynamic_module_utils.TIME_OUT_REMOTE_CODE)
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    seconds = dynamic_module_utils.TIME_OUT_REMOTE_CODE
     with pytest.raises(InputError), explained("x"), explained("y"):
         raise ValueError
-    assert before == (dynamic_module_utils.get_cached_module_file, dynamic_module_utils.TIME_OUT_REMOTE_CODE)
+    assert seconds == dynamic_module_utils.TIME_OUT_REMOTE_CODE > 0
     assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
     assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
     transformers.AutoConfig.from_pretrained(stranger, trust_remote_code=True)  # the user's own
     assert canary.said == "it ran"
+
+
+def test_what_is_imported_in_a_guarded_block_is_the_users_own_again(canary, stranger):
+    (stranger / "custom_generate").mkdir()
+    (stranger / "custom_generate" / "generate.py").write_text(canary.code() + "\ndef generate(model): return 'own'\n")
+    ask = f"GenerationMixin().load_custom_generate({str(stranger)!r}, trust_remote_code=True)"
+    code = f"""
+import sys, transformers
+from adamerge.backbones.explained import explained
+from adamerge.types import InputError
+assert "transformers.generation.utils" not in sys.modules
+for number in range(2):
+    try:
+        with explained("x"):
+            from transformers.generation.utils import GenerationMixin
+            {ask}
+    except InputError as error:
+        print("refused" if "not trusted" in str(error) else error)
+print({ask}(None))
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout.split() == ["refused", "refused", "own"]

@@ -1,10 +1,14 @@
 """Code that a model brings along: model libraries run none of it, but that of one folder where it was asked for."""
 
+import functools
 import json
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,46 @@ from adamerge.types import InputError
 
 REMOTE = "trust_remote_code"  # what transformers' complaint of a folder with code of its own contains
 _TENSORS_ALONE, _ANYTHING = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # read by torch.load
-_guard = threading.RLock()
+_FETCHES_CODE = "get_cached_module_file"
+_one_at_a_time = threading.RLock()  # what a block changes is the process's
+
+
+@dataclass(frozen=True)
+class _Allowed:
+    """Whose code may run: a folder's, which may be a copy of a repository's; nobody's without one."""
+
+    source: str | None = None
+    folder: str | None = None
+    repo: str | None = None
+
+    @classmethod
+    def of(cls, source: str | None) -> "_Allowed":
+        if source is None:
+            return cls()
+        hub = None if Path(source).expanduser().exists() else hub_id(source)
+        return cls(source, str(locate(source, weights=False, code=True)), hub.repo if hub else None)
+
+    def folder_for(self, origin: str, file: str) -> str:
+        """The folder that a file of code is taken from.
+
+        Raises:
+            InputError: None: code of that origin may not run.
+        """
+        if self.folder is not None and origin in (self.folder, self.repo):
+            return self.folder
+        if self.source is None:
+            raise InputError(
+                f"'{origin}' has code of its own run ({file}), which is not trusted: no option of yours asks for it. "
+                f"Take `{REMOTE}` and `auto_map` out of its configuration, or name a model that its library knows."
+            )
+        raise InputError(
+            f"'{self.source}' takes code from '{origin}' ({file}), in no commit that could be told; only code that "
+            f"lies beside the model is run. Put {file} into a folder with the model, and name it in `auto_map` "
+            f"without '{origin}--'."
+        )
+
+
+_allowed: ContextVar[_Allowed | None] = ContextVar("allowed", default=None)  # None outside of the blocks: no concern
 
 
 @contextmanager
@@ -30,38 +73,37 @@ def only_code_of(source: str | None) -> Iterator[None]:
     """
     from transformers import dynamic_module_utils as library
 
-    home = None if source is None else locate(source, weights=False, code=True)
-    own = None if source is None or Path(source).expanduser().exists() else hub_id(source)
-
-    with _guard:
-        get, seconds = library.get_cached_module_file, library.TIME_OUT_REMOTE_CODE
-        original = getattr(get, "guarded", get)
-
-        def checked(origin: Any, file: str, *args: Any, **options: Any) -> Any:
-            if home is None or str(origin) not in (str(home), own.repo if own else str(home)):
-                raise InputError(_refusal(str(origin), file, source))
-            return original(str(home), file, *args, **options)
-
-        checked.guarded = original  # type: ignore[attr-defined]
-        library.get_cached_module_file = checked  # type: ignore[assignment]
-        library.TIME_OUT_REMOTE_CODE = 0  # seconds for an answer; none is waited for
+    with _one_at_a_time:
+        _guard()
+        before = _allowed.set(_Allowed.of(source))
+        seconds, library.TIME_OUT_REMOTE_CODE = library.TIME_OUT_REMOTE_CODE, 0  # for an answer at the terminal
         try:
             with _only_tensors():
                 yield
         finally:
-            library.get_cached_module_file, library.TIME_OUT_REMOTE_CODE = get, seconds
+            library.TIME_OUT_REMOTE_CODE = seconds
+            _allowed.reset(before)
 
 
-def _refusal(origin: str, file: str, source: str | None) -> str:
-    if source is None:
-        return (
-            f"'{origin}' has code of its own run ({file}), which is not trusted: no option of yours asks for it. Take "
-            f"`{REMOTE}` and `auto_map` out of its configuration, or name a model that its library knows by itself."
-        )
-    return (
-        f"'{source}' takes code from '{origin}' ({file}), in no commit that could be told; only code that lies beside "
-        f"the model is run. Put {file} into a folder with the model, and name it in `auto_map` without '{origin}--'."
-    )
+def _guard() -> None:
+    """Put a question in front of the function that fetches code for transformers, wherever it is known by now."""
+    for name in ("transformers.dynamic_module_utils", "transformers.generation.utils"):
+        get = getattr(sys.modules.get(name), _FETCHES_CODE, None)
+        if get is not None and not hasattr(get, "is_guarded"):
+            setattr(sys.modules[name], _FETCHES_CODE, _guarded(get))
+
+
+def _guarded(get: Any) -> Any:
+    @functools.wraps(get)
+    def guarded(origin: Any, *args: Any, **options: Any) -> Any:
+        allowed = _allowed.get()
+        if allowed is not None:
+            file = str(args[0] if args else options.get("module_file"))
+            origin = allowed.folder_for(str(origin), file)
+        return get(origin, *args, **options)
+
+    guarded.is_guarded = True  # type: ignore[attr-defined]
+    return guarded
 
 
 @contextmanager
