@@ -189,10 +189,13 @@ def _recipe(record: Mapping[str, Any], trust: bool) -> Recipe:
     options = backbone.get("init_args") or {}
     if options.get("model") == record["sources"]["base"]["source"]:
         options["model"] = sources["base"]
+    made = revive(backbone, trust=trust)
+    if made.foreign_code(options):
+        raise_all(_unpinned({**sources, "backbone's model": options.get("model")}), "the merge's sources")
     return Recipe(
         sources["base"],
         {who.removeprefix("expert "): source for who, source in sources.items() if who.startswith("expert ")},
-        revive(backbone, trust=trust),
+        made,
         rule=revive(record["rule"], trust=trust, partial=True),
         transforms=revive(record["transforms"], trust=trust),
         task_modules=[revive(module, trust=trust, partial=True) for module in record["task_modules"]],
@@ -205,6 +208,18 @@ def pinned(entry: Mapping[str, Any]) -> str:
     """A record's source as it was: of the hub, the commit that was merged, whatever its branch has become."""
     source, revision = str(entry["source"]), entry.get("revision")
     return f"{source.partition('@')[0]}@{revision}" if revision else source
+
+
+def _unpinned(sources: Mapping[str, Any]) -> Iterator[str]:
+    """What is said of sources whose code would run, but whichever a branch of the hub has by now."""
+    for who, source in sources.items():
+        hub = hub_id(str(source or ""))
+        if hub is not None and not hub.is_pinned:
+            yield (
+                f"The {who} of this merge, '{source}', brings code along and names no commit, so that nobody can tell "
+                "what would run: write `revision: COMMIT`, 40 hexadecimal digits, or `@COMMIT` behind the model, into "
+                f"its {RECORD}."
+            )
 
 
 def portable(record: Mapping[str, Any]) -> dict[str, Any]:

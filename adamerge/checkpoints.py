@@ -224,12 +224,13 @@ def absolute(source: str) -> str:
     return source[: len(source) - len(path)] + str(Path(path).expanduser().resolve())
 
 
-def locate(source: str, *, weights: bool = True) -> Path:
+def locate(source: str, *, weights: bool = True, code: bool = False) -> Path:
     """The path of a source; a `demo:` source is built on first use, what the hub has is fetched.
 
     Args:
         source: A path, `demo:POOL/NAME`, or a hub id such as `ORG/NAME@REVISION`.
         weights: Fetch the weights too, not the small files alone.
+        code: Fetch its files in Python too.
 
     Raises:
         InputError: No such file or folder.
@@ -240,7 +241,7 @@ def locate(source: str, *, weights: bool = True) -> Path:
         return locate_demo(source.removeprefix("demo:"))
     path = Path(source.removeprefix("local-dir:")).expanduser()
     if not path.exists() and hub_id(source) is not None:
-        return fetch(source, weights=weights)
+        return fetch(source, weights=weights, code=code)
     if not path.exists():
         raise InputError(f"There is no checkpoint at '{source}' (looked in {path.parent.resolve()}).")
     return path

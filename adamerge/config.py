@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from adamerge.data import UnlabeledTasks
 from adamerge.job import TRAINER_DEFAULTS, Job, RunOptions
 from adamerge.recipe import Recipe
-from adamerge.recorded import foreign
+from adamerge.recorded import foreign, revive
 from adamerge.types import InputError, raise_all, some
 
 log = logging.getLogger("adamerge")
@@ -188,9 +188,8 @@ def data_of(config: Path, *, trust: bool = False) -> UnlabeledTasks:
             f"The data of {config} were made from Python objects, which have no text form: {some(objects)}. Make them "
             "in Python again, and take the merge from `adamerge.load`."
         )
-    strange = [text for key, text in _texts(section) if key == "class_path" and not text.startswith("adamerge.")]
-    if strange and not trust:
-        raise_all(map(foreign, dict.fromkeys(strange)), "the run's configuration")
+    if not trust:
+        _refuse_foreign(section)
     parser = LightningArgumentParser(exit_on_error=False, default_env=False)
     parser.add_class_arguments(UnlabeledTasks, "data")
     try:
@@ -199,6 +198,45 @@ def data_of(config: Path, *, trust: bool = False) -> UnlabeledTasks:
         raise
     except (ArgumentError, ValueError) as error:
         raise InputError(f"The data of {config} cannot be made again: {_short(error)}") from error
+
+
+def _refuse_foreign(section: Mapping[str, Any]) -> None:
+    """Refuse data that name anything from outside adamerge, or that are not spelled out.
+
+    The parser takes many texts for classes, modules or files. Where each task's data are `class_path` and `init_args`,
+    there is nothing left that it takes for one; `revive`, which imports nothing foreign, makes the same of them.
+
+    Raises:
+        InputError: Something foreign, a task that is not spelled out, or arguments that do not fit.
+    """
+    strange = [text for key, text in _texts(section) if key == "class_path" and not text.startswith("adamerge.")]
+    raise_all(map(foreign, dict.fromkeys(strange)), "the run's configuration")
+    tasks = section.get("tasks")
+    if not isinstance(tasks, dict):
+        raise InputError(f"`data.tasks` of the run's configuration is `{tasks}`, not the data of each task.")
+    raise_all(
+        (
+            f"The data of task '{task}' in the run's configuration, `{data}`, are not spelled out as `class_path` "
+            "and `init_args`: do so; or pass trust=True (in a command: --trust) if you trust what it names."
+            for task, data in tasks.items()
+            if not _is_spelled_out(data)
+        ),
+        "the run's configuration",
+    )
+    path = f"{UnlabeledTasks.__module__}.{UnlabeledTasks.__name__}"
+    try:
+        revive({"class_path": path, "init_args": section}, trust=False)
+    except InputError:
+        raise
+    except Exception as error:  # arguments of any type
+        raise InputError(f"The data of the run's configuration cannot be made again: {_short(error)}") from error
+
+
+def _is_spelled_out(data: Any) -> bool:
+    """Whether a task's data are a class and its arguments, by names of their own, and nothing else."""
+    if not isinstance(data, dict) or not set(data) <= {"class_path", "init_args"}:
+        return False
+    return isinstance(data.get("class_path"), str) and isinstance(data.get("init_args", {}), dict)
 
 
 def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:

@@ -130,6 +130,11 @@ class HubId:
     repo: str
     revision: str | None
 
+    @property
+    def is_pinned(self) -> bool:
+        """Whether it stands for one commit, now and later."""
+        return self.revision is not None and _COMMIT.fullmatch(self.revision) is not None
+
 
 def hub_id(source: str) -> HubId | None:
     """What `org/name`, `name`, either with `@revision`, or `hf-hub:` before them, means; None for anything else.
@@ -152,21 +157,22 @@ def commit_of(source: str) -> str:
         InputError: No such repository or revision, no right to read it, or no network and not in the cache.
     """
     hub = _parsed(source)
-    return hub.revision if hub.revision and _COMMIT.fullmatch(hub.revision) else _find(source).commit
+    return str(hub.revision) if hub.is_pinned else _find(source).commit
 
 
-def fetch(source: str, *, weights: bool = True) -> Path:
+def fetch(source: str, *, weights: bool = True, code: bool = False) -> Path:
     """The folder in the cache with a hub id's configuration, tokenizer or processor, card and terms; downloads them.
 
     Args:
         source: A hub id; see `hub_id`.
         weights: Also its safetensors: the shards of its index if it has one, else `model.safetensors` or the only file.
+        code: Also its files in Python.
 
     Raises:
         InputError: As `commit_of`; or its weights are pickles, of unclear choice, or not there.
     """
     found = _find(source)
-    names = [name for name in found.names if _is_small(name)]
+    names = [name for name in found.names if _is_small(name) or (code and name.endswith(".py"))]
     if found.offline:  # a cache that another tool filled may lack what is only read by people
         names = [name for name in names if not name.endswith(".md") and not name.startswith(_TERMS)]
     return _download(found, [*names, *_weights(found)] if weights else names)

@@ -4,9 +4,10 @@ import functools
 import hashlib
 import inspect
 import json
+import re
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from importlib import import_module
 from pathlib import Path
@@ -15,7 +16,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from adamerge.types import InputError
+from adamerge.types import InputError, raise_all
+
+# Options that have code run which a model brings along: those of a class, and those handed through to others.
+_RUNS_CODE = re.compile(r"(^|_)(remote|trust|trusted|code|unsafe)(_|$)")
+_HANDED_THROUGH = re.compile(r"(trust_)?remote_code")
 
 
 class Recorded:
@@ -43,6 +48,14 @@ class Recorded:
             flat.update(value if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD else {name: value})
         object.__setattr__(self, "_arguments", flat)
         return self
+
+    @classmethod
+    def foreign_code(cls, options: Mapping[str, Any]) -> list[str]:
+        """The options, each with its value, that have code from outside run; `revive` asks for trust before it.
+
+        Default: those that are called so, unless they are false. Override it for options whose values name code.
+        """
+        return _switched_on(options, _RUNS_CODE.search)
 
 
 def spec(value: Any, *, strict: bool = True) -> Any:
@@ -90,11 +103,11 @@ def digest_of_tensor(tensor: Tensor) -> str:
 
 
 def revive(value: Any, *, trust: bool, partial: bool = False) -> Any:
-    """Make again what `spec` has written; of foreign code nothing is imported unless trusted.
+    """Make again what `spec` has written; unless trusted, nothing foreign is imported, nor switched on by an option.
 
     Args:
         value: The text form.
-        trust: Allow classes and functions from outside adamerge.
+        trust: Allow classes and functions from outside adamerge, and options that have code run.
         partial: Give a callable that waits for its first arguments, not an object; a string is a function's path then.
 
     Raises:
@@ -102,9 +115,13 @@ def revive(value: Any, *, trust: bool, partial: bool = False) -> Any:
     """
     if isinstance(value, Mapping) and "class_path" in value:
         cls = _resolve(value["class_path"], trust)
+        if not trust:
+            raise_all(_code_options(cls, value.get("init_args") or {}), "the merge's record")
         hints = typing.get_type_hints(getattr(cls, "__init__", cls))
         waits = {name for name, hint in hints.items() if _is_importable(hint)}
         arguments = {k: revive(v, trust=trust, partial=k in waits) for k, v in (value.get("init_args") or {}).items()}
+        if not trust:
+            raise_all(_of_another_kind(hints, waits & set(arguments), arguments), "the merge's record")
         try:
             return functools.partial(cls, **arguments) if partial else cls(**arguments)
         except TypeError as error:
@@ -112,6 +129,8 @@ def revive(value: Any, *, trust: bool, partial: bool = False) -> Any:
     if partial and isinstance(value, str):
         return _resolve(value, trust)
     if isinstance(value, Mapping):
+        if not trust:
+            raise_all(map(_asks_for_code, _switched_on(value, _HANDED_THROUGH.fullmatch)), "the merge's record")
         return {key: revive(item, trust=trust) for key, item in value.items()}
     return [revive(item, trust=trust) for item in value] if isinstance(value, list) else value
 
@@ -123,6 +142,42 @@ def _is_importable(hint: Any) -> bool:
     options = [each for each in typing.get_args(hint) if each is not type(None)]
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     return union and str not in options and any(map(_is_importable, options))
+
+
+def _switched_on(options: Mapping[str, Any], is_switch: Callable[[str], Any]) -> list[str]:
+    """The switches among options that are on, each with its value."""
+    return [f"{key}: {value}" for key, value in options.items() if is_switch(str(key)) and value not in (False, None)]
+
+
+def _code_options(cls: type, options: Mapping[str, Any]) -> Iterator[str]:
+    found = cls.foreign_code(options) if issubclass(cls, Recorded) else _switched_on(options, _RUNS_CODE.search)
+    return map(_asks_for_code, found)
+
+
+def _asks_for_code(option: str) -> str:
+    """What is said of an option that has code run."""
+    return (
+        f"The merge's record has the option `{option}`, which runs code that a model brings along; pass trust=True (in "
+        "a command: --trust) if you trust it."
+    )
+
+
+def _of_another_kind(hints: Mapping[str, Any], waits: Iterable[str], arguments: Mapping[str, Any]) -> Iterator[str]:
+    """What is said of classes that an argument does not ask for: their options are no concern of its own checks."""
+    for name in waits:
+        made = arguments[name].func if isinstance(arguments[name], functools.partial) else arguments[name]
+        wanted = [kind for kind in _made_by(hints[name]) if isinstance(kind, type)]
+        if isinstance(made, type) and wanted and not issubclass(made, tuple(wanted)):
+            yield f"The merge's record names {made.__name__} as `{name}`, which wants a {wanted[0].__name__}."
+
+
+def _made_by(hint: Any) -> Iterator[Any]:
+    """The classes of what an argument makes that is a class or function."""
+    if typing.get_origin(hint) is Callable:
+        yield typing.get_args(hint)[-1]
+    elif typing.get_origin(hint) in (typing.Union, types.UnionType):
+        for option in typing.get_args(hint):
+            yield from _made_by(option)
 
 
 def foreign(path: str) -> str:

@@ -114,17 +114,12 @@ class Classifier(Transformers):
             writer.task(folder, task, config, type(net).__name__, head.tensors())
 
     def exported(self, folder: Path) -> nn.Module:
-        import transformers
-
         first = sorted((folder / "tasks").iterdir())[0]
-        return self._bare(getattr(transformers, self.auto).from_pretrained(first, dtype=torch.float32))
+        return self._bare(self._pretrained(first, str(first)))
 
     def answers(self, folder: Path, tasks: Sequence[str]) -> Mapping[str, Callable[[Batch], Tensor]]:
-        import transformers
-
         def of(task: str) -> Callable[[Batch], Tensor]:
-            auto = getattr(transformers, self.auto)
-            net = auto.from_pretrained(folder / "tasks" / task, dtype=torch.float32).eval()
+            net = self._pretrained(folder / "tasks" / task, str(folder / "tasks" / task))
             return lambda batch: self.features(net.to(next(iter(batch.values())).device), batch)
 
         return {task: of(task) for task in tasks}

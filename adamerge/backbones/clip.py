@@ -105,18 +105,11 @@ class CLIP(ImageInput, ZeroShot, Transformers):
 
     def _loaded(self, base: State) -> Any:
         """The whole of the base."""
-        return self._pretrained(self._folder_of(base))
+        return self._pretrained(self._folder_of(base), base.source)
 
     def _folder_of(self, base: State) -> Path:
         path = locate(base.source)
         return path if path.is_dir() else path.parent
-
-    def _pretrained(self, folder: Path) -> Any:
-        import transformers
-
-        with explained(f"{folder} is no whole model with a text tower"):
-            auto = getattr(transformers, self.auto)
-            return auto.from_pretrained(folder, trust_remote_code=self._remote, dtype=torch.float32).eval()
 
     def _tokens(self, texts: Sequence[str]) -> Mapping[str, Tensor]:
         limit = getattr(getattr(self.config, "text_config", self.config), "max_position_embeddings", None)
@@ -128,7 +121,7 @@ class CLIP(ImageInput, ZeroShot, Transformers):
     def _tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        with explained(f"The tokenizer of '{self.model}' cannot be had"):
+        with explained(f"The tokenizer of '{self.model}' cannot be had", self._code_of(self.model)):
             return AutoTokenizer.from_pretrained(locate(self.model, weights=False), trust_remote_code=self._remote)
 
     # --- export
@@ -169,10 +162,10 @@ logits = features @ heads["{task}.weight"].T + heads["{task}.bias"]
 print(json.load(open(folder + "/tasks.json"))["{task}"]["classes"][int(logits.argmax())])"""
 
     def exported(self, folder: Path) -> nn.Module:
-        return Tower(self._pretrained(folder)).eval()
+        return Tower(self._pretrained(folder, str(folder))).eval()
 
     def exported_heads(self, folder: Path, classes: Mapping[str, Sequence[str]]) -> Mapping[str, TaskModule]:
-        clip = self._pretrained(folder)
+        clip = self._pretrained(folder, str(folder))
         return {
             task: head_of(TaskInfo(task, names), embedded(clip, self._tokens, names, self.templates(task)))
             for task, names in classes.items()

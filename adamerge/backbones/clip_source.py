@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from adamerge.backbones.explained import explained
+from adamerge.backbones.foreign_code import refuse_kernels
 from adamerge.checkpoints import Selected, State, absolute, locate, open_state
 from adamerge.types import InputError
 
@@ -80,6 +81,9 @@ class ClipSource:
                 kind = "QuickGELU" if settings.get("quick_gelu") else "plain GELU"
                 raise InputError(f"The weights '{tag}' want {kind}, unlike {name}; see the names with `-quickgelu`.")
         with explained(f"open_clip cannot make '{self.model}'"), _silent():
+            text_model = config["text_cfg"].get("hf_model_name")
+            if text_model:
+                refuse_kernels(locate(text_model, weights=False))
             clip = open_clip.create_model(self._name, load_weights=False, pretrained_text=False)
         clip.visual.preprocess_cfg = merge_preprocess_dict(clip.visual.preprocess_cfg, settings)
         return clip
@@ -95,6 +99,13 @@ class ClipSource:
             else:
                 load_checkpoint(clip, str(weights[0]))
         return clip.eval()
+
+    def exported(self) -> Any:
+        """The whole CLIP of a folder that was exported, with its weights."""
+        import open_clip
+
+        with explained(f"open_clip cannot load '{self.model}'"):
+            return open_clip.create_model(self._name, require_pretrained=True).eval()
 
     def tokenizer_files(self) -> list[Path]:
         """The files beside a model in a folder that its tokenizer is read from; open_clip's own has none."""

@@ -4,15 +4,21 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from adamerge.backbones.foreign_code import only_code_of
 from adamerge.hub import hub_or_cache
 from adamerge.types import InputError
 
 
 @contextmanager
-def explained(what: str) -> Iterator[None]:
-    """Model libraries and the hub raise what they like; the user gets one sentence."""
+def explained(what: str, code_of: str | None = None) -> Iterator[None]:
+    """Model libraries and the hub raise what they like; the user gets one sentence. They run no foreign code.
+
+    Args:
+        what: What cannot be done, as the sentence begins.
+        code_of: The source whose code they may run all the same, where the user asked for that.
+    """
     try:
-        with hub_or_cache(), quiet():
+        with hub_or_cache(), only_code_of(code_of), quiet():
             yield
     except InputError:
         raise

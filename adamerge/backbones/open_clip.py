@@ -142,16 +142,12 @@ class OpenCLIP(ZeroShot):
             shutil.copyfile(file, folder / file.name)
 
     def exported(self, folder: Path) -> nn.Module:
-        import open_clip
-
-        clip = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True)
+        clip = ClipSource(f"local-dir:{folder}").exported()
         return _ImageTower(clip.visual, clip.visual.preprocess_cfg).eval()
 
     def exported_heads(self, folder: Path, classes: Mapping[str, Sequence[str]]) -> Mapping[str, TaskModule]:
-        import open_clip
-
-        clip = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True).eval()
-        tokenize = open_clip.get_tokenizer(f"local-dir:{folder}")
+        source = ClipSource(f"local-dir:{folder}")
+        clip, tokenize = source.exported(), source.tokenizer()
         return {
             task: head_of(TaskInfo(task, names), _embedded(clip, tokenize, names, self.templates(task)))
             for task, names in classes.items()

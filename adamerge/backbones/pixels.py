@@ -40,7 +40,7 @@ class ImageInput(_Base):
         """
         from transformers import AutoImageProcessor
 
-        with explained(f"The image processor of '{self.model}' cannot be had"):
+        with explained(f"The image processor of '{self.model}' cannot be had", self._code_of(self.model)):
             folder = locate(self.model, weights=False)
             return AutoImageProcessor.from_pretrained(folder, trust_remote_code=self._remote)
 

@@ -47,7 +47,7 @@ class TextInput(_Base):
                 f"'{self.model}' has no tokenizer; put the files of its own there (`tokenizer.save_pretrained`), or "
                 "name a folder or hub id in `backbone.model` that has them."
             )
-        with explained(f"The tokenizer of '{self.model}' cannot be had"):
+        with explained(f"The tokenizer of '{self.model}' cannot be had", self._code_of(self.model)):
             made = self._tokenizer(self.model)
         if made.pad_token_id is None:
             made.pad_token = made.eos_token or made.unk_token
@@ -105,7 +105,7 @@ class TextInput(_Base):
             return None
         digest = "".join(file.name + sha256(file) for file in files)
         if digest not in self._vocabularies:  # as a rule all experts have the base's
-            with explained(f"The tokenizer of '{source}' cannot be had"):
+            with explained(f"The tokenizer of '{source}' cannot be had", self._code_of(source)):
                 made = self._tokenizer(source)
             special = {role: str(token) for role, token in made.special_tokens_map.items() if isinstance(token, str)}
             template = str(made.chat_template) if made.chat_template else None

@@ -14,6 +14,7 @@ from torch import nn
 from adamerge.backbones.base import Backbone
 from adamerge.backbones.explained import explained
 from adamerge.backbones.folder import FolderWriter
+from adamerge.backbones.foreign_code import REMOTE, is_kernel, refuse_kernels
 from adamerge.backbones.layout import Layout
 from adamerge.blocks import block_names
 from adamerge.checkpoints import PICKLES, State, absolute, locate, open_headers, open_state
@@ -25,8 +26,8 @@ from adamerge.types import InputError
 _FREE = re.compile(
     r"drop|init|label|problem_type|token_id|finetuning|checkpointing|vocab_size|projection_dim|use_cache|^output_|^return_"
 )
+ADAPTER = "adapter_config.json"
 _SETTINGS = (".json", ".txt", ".model", ".jinja")  # of architecture, preprocessing and tokenizer
-_REMOTE = "trust_remote_code"  # what transformers' complaint of a folder with code of its own contains
 
 
 class Transformers(Backbone):
@@ -63,6 +64,15 @@ class Transformers(Backbone):
         if self._model is None or self._model == base:
             self._arguments["model"] = self._model = absolute(base)
 
+    @classmethod
+    def foreign_code(cls, options: Mapping[str, Any]) -> list[str]:
+        attention = options.get("attention")
+        return [*super().foreign_code(options), *([f"attention: {attention}"] if is_kernel(attention) else [])]
+
+    def _code_of(self, source: str) -> str | None:
+        """The source, where its code may run."""
+        return source if self._remote else None
+
     @property
     def model(self) -> str:
         """Where architecture and preprocessing come from."""
@@ -86,17 +96,19 @@ class Transformers(Backbone):
         """
         from transformers import AutoConfig
 
-        with explained(f"The configuration of '{source}' cannot be had"):
+        with explained(f"The configuration of '{source}' cannot be had", self._code_of(source)):
             folder = locate(source, weights=False)
             if not (folder / "config.json").is_file():
                 raise InputError(
                     f"'{source}' has no config.json. Name a folder or hub id that `save_pretrained` has written; for a "
                     "base that is a file alone, name one in `backbone.model`."
                 )
+            if not self._remote:
+                refuse_kernels(folder)
             try:
                 return AutoConfig.from_pretrained(folder, trust_remote_code=self._remote)
             except ValueError as error:
-                if self._remote or _REMOTE not in str(error):
+                if self._remote or REMOTE not in str(error):
                     raise
                 raise InputError(
                     f"'{source}' is of an architecture that transformers does not have: it brings code of its own. "
@@ -117,7 +129,7 @@ class Transformers(Backbone):
         import transformers
 
         options = {"attn_implementation": self._attention} if self._attention else {}
-        with explained(f"transformers cannot make '{self.model}' by {self.auto}"):
+        with explained(f"transformers cannot make '{self.model}' by {self.auto}", self._code_of(self.model)):
             auto = getattr(transformers, self.auto)
             net = auto.from_config(config, trust_remote_code=self._remote, dtype=torch.float32, **options)
         tied = _tied_output(net)
@@ -193,9 +205,30 @@ class Transformers(Backbone):
             (folder / "config.json").write_text(json.dumps(told, indent=2, sort_keys=True))
 
     def exported(self, folder: Path) -> nn.Module:
+        return self._pretrained(folder, str(folder))
+
+    def _pretrained(self, folder: Path, source: str) -> Any:
+        """The library's own network with the weights of a folder.
+
+        Args:
+            folder: The folder.
+            source: What it was named by.
+
+        Raises:
+            InputError: It does not load, or is an adapter.
+        """
         import transformers
 
-        return getattr(transformers, self.auto).from_pretrained(folder, dtype=torch.float32).eval()
+        if (folder / ADAPTER).is_file():  # it would name another model, and modules to import
+            raise InputError(
+                f"'{source}' has an {ADAPTER}: it is an adapter to another model. Merge it into that one (in peft: "
+                "`merge_and_unload`), and name the model that comes of it."
+            )
+        with explained(f"'{source}' cannot be loaded by {self.auto}", self._code_of(source)):
+            if not self._remote:
+                refuse_kernels(folder)
+            auto = getattr(transformers, self.auto)
+            return auto.from_pretrained(folder, trust_remote_code=self._remote, dtype=torch.float32).eval()
 
 
 def _tied_output(net: Any) -> nn.Linear | None:
