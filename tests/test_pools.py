@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from adamerge.demo import digits, digits_training, zoo
+from adamerge.demo import digits, digits_training, texts, zoo
 from adamerge.demo.digits import TASKS, DigitNet, samples
 from adamerge.demo.shipped import POOLS, load_half, load_sheet, rounded, save_sheet
 
@@ -35,7 +35,7 @@ def contents():
 
 def test_the_pools_are_the_same_bits_for_everyone():
     """Where this changes on purpose, raise the pool's VERSION, so that caches are made anew."""
-    versions = [f"{pool.__name__.rpartition('.')[2]} {pool.VERSION}" for pool in (digits, zoo)]
+    versions = [f"{pool.__name__.rpartition('.')[2]} {pool.VERSION}" for pool in (digits, texts, zoo)]
     assert [*versions, *contents()] == GOLDEN.read_text().splitlines()
 
 

@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForPreTraining, AutoModelForSequenceClassification, AutoTokenizer
 
 from adamerge.checkpoints import locate
-from adamerge.demo import berts, texts
+from adamerge.demo import texts, texts_training
 from adamerge.demo.corpus import CLASSES, SPLITS, samples
+from adamerge.demo.shipped import POOLS
 from adamerge.types import InputError
 
 DIGESTS = {
@@ -54,7 +55,7 @@ def test_the_tasks_have_different_numbers_of_classes():
 
 
 def test_the_tokenizer_is_a_pure_function_and_the_shipped_one():
-    vocabularies = [berts.new_tokenizer().get_vocab() for _ in range(2)]
+    vocabularies = [texts_training.new_tokenizer().get_vocab() for _ in range(2)]
     shipped = AutoTokenizer.from_pretrained(locate("demo:texts/base")).get_vocab()
     assert vocabularies == [shipped, shipped]
 
@@ -68,9 +69,9 @@ def test_another_task_or_model_is_refused():
 
 
 def test_what_is_shipped_is_small_and_loses_nothing(tmp_path):
-    assert sum(file.stat().st_size for file in texts.SHIPPED.rglob("*") if file.is_file()) < 5e6
+    assert sum(file.stat().st_size for file in (POOLS / "texts").rglob("*") if file.is_file()) < 5e6
     for name in ("base", *CLASSES):
-        shipped = load_file(texts.SHIPPED / name / "model.safetensors")
+        shipped = load_file((POOLS / "texts") / name / "model.safetensors")
         assert {tensor.dtype for tensor in shipped.values()} == {torch.float16}
         unpacked = state_of(name)
         assert unpacked.keys() == shipped.keys()
@@ -152,7 +153,7 @@ def test_an_expert_is_trained_again_from_the_shipped_base():
     """Not the same bits: a processor's kernels round in orders of their own, and training carries that on."""
     folder = locate("demo:texts/base")
     base, tokenizer = AutoModelForPreTraining.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    again = berts.train_expert(base, tokenizer, "messages").state_dict()
+    again = texts_training.train_expert(base, tokenizer, "messages").state_dict()
     shipped = state_of("messages")
     assert (answers("messages", again) == answers("messages", shipped)).double().mean() >= 0.97
     assert accuracy("messages", again) == pytest.approx(accuracy("messages", shipped), abs=0.015)

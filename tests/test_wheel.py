@@ -54,7 +54,7 @@ def test_the_wheel_holds_package_configurations_and_licence(wheels, way):
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "adamerge").rglob("*.py")}
     configs = {f"adamerge/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").rglob("*.*")}
     pools = {path.relative_to(ROOT).as_posix() for path in POOLS.rglob("*") if path.is_file()}
-    assert names - beside == modules | configs | pools | {"adamerge/native.c"}
+    assert names - beside == modules | configs | pools | {"adamerge/native.c", "adamerge/demo/words.yaml"}
     assert {"LICENSE", "NOTICE"} <= {name.rpartition("licenses/")[2] for name in beside}
     assert any(name.endswith("entry_points.txt") for name in beside)
 

@@ -8,9 +8,9 @@ from adamerge.files import atomic_dir
 
 def main() -> None:
     """Train one pool into a new folder."""
-    from adamerge.demo import digits_training, zoo_training
+    from adamerge.demo import digits_training, texts_training, zoo_training
 
-    pools = {"digits": digits_training.train, "zoo": zoo_training.train}
+    pools = {"digits": digits_training.train, "texts": texts_training.train, "zoo": zoo_training.train}
     parser = argparse.ArgumentParser(prog="python -m adamerge.demo", description=__doc__)
     parser.add_argument("pool", choices=pools)
     parser.add_argument("folder", type=Path, help="A new folder; it appears whole or not at all.")

@@ -2,24 +2,20 @@
 
 `pools/texts` holds the weights in half precision, configurations and the tokenizer. On first use they are written into
 the cache folder in the layouts that users have: transformers' folder for each model, its tokenizer beside it, and a
-`datasets` folder for each task's texts, which are drawn there. `python -m adamerge.demo.texts OUT` trains all anew.
+`datasets` folder for each task's texts, which are drawn there. `texts_training.py` made them.
 """
 
 import shutil
-import sys
 from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from adamerge.demo.berts import new_tokenizer, train_base, train_expert
 from adamerge.demo.corpus import CLASSES, samples
+from adamerge.demo.shipped import POOLS, load_half
 from adamerge.files import built_once, cache_dir
 from adamerge.types import InputError
 
 VERSION = "2"  # part of the cache's path: raise it when anything here or in the corpus changes what is unpacked
-SHIPPED = Path(__file__).parent / "pools" / "texts"
 _MODELS = ("base", *CLASSES)
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
@@ -35,45 +31,22 @@ def locate(name: str) -> Path:
     return built_once(cache_dir() / "demo" / f"texts-{VERSION}", unpack) / name
 
 
-def unpack(folder: Path, shipped: Path = SHIPPED) -> None:
+def unpack(folder: Path, shipped: Path = POOLS / "texts") -> None:
     """Write models in fp32 and texts into a folder; the same values on every platform.
 
     Args:
         folder: Where.
-        shipped: What `rebuild` wrote.
+        shipped: The files that training wrote.
     """
     for name in _MODELS:
         (folder / name).mkdir(parents=True)
         shutil.copy(shipped / name / "config.json", folder / name)
-        _cast(shipped / name / "model.safetensors", folder / name / "model.safetensors", torch.float32)
+        weights = load_half(shipped / name / "model.safetensors")
+        save_file(weights, folder / name / "model.safetensors", metadata={"format": "pt"})
         for file in _TOKENIZER:
             shutil.copy(shipped / file, folder / name)
     for task in CLASSES:
         _save_texts(folder / "data" / task, task)
-
-
-def rebuild(folder: Path) -> None:
-    """Train the base and its experts and write what is shipped; the same bits on one machine with its versions.
-
-    Args:
-        folder: Where; files of an earlier pool are replaced.
-    """
-    tokenizer = new_tokenizer()
-    tokenizer.save_pretrained(folder)
-    base = train_base(tokenizer)
-    _save_model(folder / "base", base)
-    for task in CLASSES:
-        _save_model(folder / task, train_expert(base, tokenizer, task))
-
-
-def _save_model(folder: Path, model: Any) -> None:
-    model.save_pretrained(folder)
-    _cast(folder / "model.safetensors", folder / "model.safetensors", torch.float16)
-
-
-def _cast(source: Path, target: Path, dtype: torch.dtype) -> None:
-    state = {name: tensor.to(dtype) for name, tensor in load_file(source).items()}
-    save_file(state, target, metadata={"format": "pt"})
 
 
 def _save_texts(folder: Path, task: str) -> None:
@@ -87,7 +60,3 @@ def _save_texts(folder: Path, task: str) -> None:
     }
     DatasetDict(splits).save_to_disk(str(folder))
     enable_progress_bars()
-
-
-if __name__ == "__main__":
-    rebuild(Path(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""How the text pool's models are trained: a small BERT, and classifiers fine-tuned from it.
+"""Training of the texts: `python -m adamerge.demo texts FOLDER` makes the shipped files again.
 
 The base learns to fill in masked words and to tell whether two halves belong together, as BERT did, so it has a pooler
 and no classifier. Each expert gets a linear head fitted on the base's pooled features, then fine-tunes the body under
@@ -7,15 +7,20 @@ it. Every model has a seed of its own, so one expert can be trained again withou
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rich.progress import track
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
 from adamerge.demo.corpus import CLASSES, samples
+from adamerge.demo.shipped import save_half
 from adamerge.seeding import seed_of
+from adamerge.terminal import progress_console
 
 LENGTH = 64  # tokens
 VOCABULARY = 1000
@@ -32,6 +37,21 @@ _MARKS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _PAD, _, _CLS, _SEP, _MASK = range(len(_MARKS))
 _MASKED = 0.15  # share of the base's words to be filled in
 _STRANGE = 0.2  # share of the experts' words replaced at random, so that one never seen does not decide
+
+
+def train(folder: Path) -> None:
+    """Train the base, a small BERT, and its experts; write their shipped files and the tokenizer's."""
+    tokenizer = new_tokenizer()
+    tokenizer.save_pretrained(folder)
+    base = train_base(tokenizer)
+    _save(base, folder / "base")
+    for task in track(CLASSES, "Training the experts on texts", console=progress_console(), transient=True):
+        _save(train_expert(base, tokenizer, task), folder / task)
+
+
+def _save(model: Any, folder: Path) -> None:
+    model.save_pretrained(folder)
+    save_half(load_file(folder / "model.safetensors"), folder / "model.safetensors")
 
 
 def new_tokenizer() -> Any:
