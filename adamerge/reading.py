@@ -20,7 +20,7 @@ _TAGS = (None, "!", *(f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "
 _SAFE: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the first is ten times faster, and not everywhere
 
 
-class _Loader(_SAFE):  # type: ignore[misc]
+class _Loader(_SAFE):
     """PyYAML's safe loader, for which a date is a text."""
 
 
@@ -134,36 +134,35 @@ def check_yaml(text: str, source: str) -> None:
     Raises:
         InputError: No YAML, tags, or values that are too many or too deep, or contain themselves.
     """
-    sizes: dict[str, tuple[int, int]] = {}  # by anchor: how many values it stands for, and how deep they are
-    open_nodes: list[list[Any]] = [[None, 0, 0]]  # anchor, values and height so far of what is not closed yet
+    sizes: dict[str | None, tuple[int, int]] = {}  # by anchor: how many values it stands for, and how deep they are
+    outer: list[tuple[str | None, int, int]] = [(None, 0, 0)]  # the same of what is not closed yet, so far
     try:
         for event in yaml.parse(text, Loader=_SAFE):
-            if isinstance(event, yaml.NodeEvent) and getattr(event, "tag", None) not in _TAGS:
-                raise InputError(
-                    f"{_place(event, source)} has the tag {event.tag}; only plain data are read. Remove it."
-                )
+            tag = getattr(event, "tag", None)
+            if tag not in _TAGS and isinstance(event, yaml.NodeEvent):
+                raise InputError(f"{_place(event, source)} has the tag {tag}; only plain data are read. Remove it.")
             if isinstance(event, yaml.CollectionStartEvent):
                 sizes.pop(event.anchor, None)  # until it is closed: nothing contains itself
-                open_nodes.append([event.anchor, 1, 1])
+                outer.append((event.anchor, 1, 1))
                 continue
             if isinstance(event, yaml.CollectionEndEvent):
-                anchor, *size = open_nodes.pop()
+                anchor, number, height = outer.pop()
             elif isinstance(event, yaml.ScalarEvent):
                 _check_number(event, source)
-                anchor, size = event.anchor, [1, 1]
+                anchor, number, height = event.anchor, 1, 1
             elif isinstance(event, yaml.AliasEvent):
                 if event.anchor not in sizes:
                     raise InputError(f"{_place(event, source)} has the alias *{event.anchor} to itself, or to nothing.")
-                anchor, size = None, [*sizes[event.anchor]]
+                anchor, (number, height) = None, sizes[event.anchor]
             else:
                 continue
             if anchor is not None:
-                sizes[anchor] = (size[0], size[1])
-            outer = open_nodes[-1]
-            outer[1:] = outer[1] + size[0], max(outer[2], 1 + size[1])
-            if outer[1] > NODES:
+                sizes[anchor] = number, height
+            name, before, highest = outer[-1]
+            outer[-1] = name, before + number, max(highest, 1 + height)
+            if before + number > NODES:
                 raise InputError(f"{source} holds more than {NODES:,} values, with those that aliases repeat.")
-            if len(open_nodes) + size[1] > DEPTH:
+            if len(outer) + height > DEPTH:
                 raise InputError(f"{_place(event, source)} is nested more than {DEPTH} deep.")
     except yaml.YAMLError as error:
         raise InputError(f"{source} is no YAML: {_line(error)}.") from error
