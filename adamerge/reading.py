@@ -3,8 +3,9 @@
 import json
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import yaml
 
@@ -30,7 +31,7 @@ _Loader.yaml_implicit_resolvers = {
 }
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Open a regular file for reading, in bytes; a pipe or device does not get to block or to go on for ever.
 
     Raises:
@@ -42,7 +43,7 @@ def open_regular(path: Path) -> BinaryIO:
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise InputError(_not_regular(path))
-        return os.fdopen(descriptor, "rb")
+        return open(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
         raise
@@ -62,6 +63,19 @@ def check_regular(*paths: Path) -> None:
             raise InputError(f"{str(path)!r} is no name of a file: {error}.") from error
         if not stat.S_ISREG(mode):
             raise InputError(_not_regular(path))
+
+
+def exists(path: Path) -> bool:
+    """Whether there is something of that name; there is not where the name cannot be one."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # too long, or no right to look
+        return False
+
+
+def is_special(path: Path) -> bool:
+    """Whether a path leads to a pipe, a socket or a device."""
+    return exists(path) and not (path.is_file() or path.is_dir())
 
 
 def _not_regular(path: Path) -> str:
@@ -144,6 +158,7 @@ def check_yaml(text: str, source: str) -> None:
             if isinstance(event, yaml.CollectionStartEvent):
                 sizes.pop(event.anchor, None)  # until it is closed: nothing contains itself
                 outer.append((event.anchor, 1, 1))
+                _check_depth(len(outer), event, source)
                 continue
             if isinstance(event, yaml.CollectionEndEvent):
                 anchor, number, height = outer.pop()
@@ -162,10 +177,14 @@ def check_yaml(text: str, source: str) -> None:
             outer[-1] = name, before + number, max(highest, 1 + height)
             if before + number > NODES:
                 raise InputError(f"{source} holds more than {NODES:,} values, with those that aliases repeat.")
-            if len(outer) + height > DEPTH:
-                raise InputError(f"{_place(event, source)} is nested more than {DEPTH} deep.")
+            _check_depth(len(outer) + height, event, source)
     except yaml.YAMLError as error:
         raise InputError(f"{source} is no YAML: {_line(error)}.") from error
+
+
+def _check_depth(depth: int, event: Any, source: str) -> None:
+    if depth > DEPTH:
+        raise InputError(f"{_place(event, source)} is nested more than {DEPTH} deep.")
 
 
 def _check_number(event: yaml.ScalarEvent, source: str) -> None:

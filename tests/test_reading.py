@@ -34,7 +34,7 @@ BOMBS = {
     "5,000 {": "{a: " * 5000 + "}" * 5000,
     "5,000 dashes": "- " * 5000 + "x",
     "5,000 indents": "".join(" " * i + "a:\n" for i in range(5000)),
-    "1,000,001 lists": "[" + "[]," * 1_000_001 + "]",
+    "20,001 lists": "[" + "[]," * 20_001 + "]",
     "to the base of 60": ":".join(["1"] * 100_000),
     "to the base of 60, tagged": '!!int "' + ":".join(["1"] * 100_000) + '"',
     "a long number": "1" * 5000,
@@ -62,13 +62,11 @@ def loader(request, monkeypatch):
         slow = type("Slow", (yaml.SafeLoader,), {"yaml_implicit_resolvers": reading._Loader.yaml_implicit_resolvers})
         monkeypatch.setattr(reading, "_SAFE", yaml.SafeLoader)
         monkeypatch.setattr(reading, "_Loader", slow)
-        monkeypatch.setattr(reading, "NODES", 20_000)  # it is ten times slower
+    monkeypatch.setattr(reading, "NODES", 20_000)  # takes less time than a million
 
 
 @pytest.mark.parametrize("name", [*BOMBS, *ODD])
-def test_bombs_and_odd_values_of_yaml_are_refused_at_once(name, loader, request):
-    if "[slow" in request.node.name and name.startswith("5,000 ["):
-        pytest.skip("takes PyYAML's own scanner eight seconds, however many there are")
+def test_bombs_and_odd_values_of_yaml_are_refused_at_once(name, loader):
     start = time.perf_counter()
     with pytest.raises(InputError, match=r"^F[ ,]") as refused:
         parse_yaml({**BOMBS, **ODD}[name], "F")
