@@ -107,7 +107,7 @@ def export(
         model = open_merge(folder, trust=trust).to(where)
         base = model.backbone.open(pinned(record["sources"]["base"]))
         status.update("Writing and checking the export …")
-        with atomic_dir(target) as new:
+        with made_again(folder), atomic_dir(target) as new:
             net = model.materialize(dtype=getattr(torch, dtype)).cpu()
             last = {task: model.chain(task)[-1] for task in model.tasks}
             model.backbone.export(net, base, new, last)
