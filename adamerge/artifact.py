@@ -1,7 +1,9 @@
 """A learned merge on disk: `merge.safetensors` holds the learnables, `merge.yaml` how to make it again."""
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -9,18 +11,28 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from adamerge.backbones import Backbone
+from adamerge.budget import budget
 from adamerge.checkpoints import open_state
 from adamerge.files import atomic_dir, digest
 from adamerge.hub import fetch, hub_id
-from adamerge.learnables import labels_of, load_state, saved_state_of, state_of
+from adamerge.learnables import check_values, labels_of, load_state, saved_state_of, state_of
 from adamerge.merged import MergedModel
 from adamerge.multitask import MultiTaskModel
+from adamerge.reading import check_regular, exists, read_yaml
 from adamerge.recipe import Recipe, SpaceOptions, VectorOptions
+from adamerge.record import check_record
 from adamerge.recorded import foreign, revive
+from adamerge.rules import MergeRule
+from adamerge.task_modules import TaskModule
+from adamerge.transforms import Transform
 from adamerge.types import InputError, raise_all, some
+
+log = logging.getLogger("adamerge")
 
 FORMAT = 2
 _FREE = {
@@ -34,12 +46,7 @@ _FREE = {
     "saved_as",
 }  # of a rule's options
 WEIGHTS, RECORD, EXPORTED = "merge.safetensors", "merge.yaml", "export.json"
-_NEEDED = {
-    **dict.fromkeys(
-        ("labels", "sources", "backbone", "rule", "space", "vectors", "left_out", "classes", "widths"), dict
-    ),
-    **{"weights": str, "transforms": list, "task_modules": list},
-}
+_SPARE = 2**26  # elements that a merge may make beside eight times what its files hold
 
 
 def save(folder: Path, model: MergedModel, record: Mapping[str, Any]) -> None:
@@ -92,12 +99,47 @@ def open_merge(path: str | Path, *, trust: bool = False) -> MergedModel:
     if not trust:
         raise_all(_foreign(record), "the merge's record")
     raise_all(_elsewhere(record), "the merge's sources")
-    recipe = _recipe(record, trust)
-    opened = recipe.open(record["classes"], record["left_out"], record["widths"])
-    raise_all(_changed(record, opened.base, opened.experts), "the merge's sources")
-    model = opened.merged(opened.load_vectors())
-    load_state(model, load_file(folder / WEIGHTS), record["labels"], str(folder))
+    with made_again(folder), nullcontext() if trust else budget(8 * _elements(record) + _SPARE):
+        recipe = _recipe(record, trust)
+        opened = recipe.open(record["classes"], record["left_out"], record["widths"])
+        raise_all(_changed(record, opened.base, opened.experts), "the merge's sources")
+        model, state = opened.merged(opened.load_vectors()), _learnables(folder)
+        check_values(model, state, str(folder))
+        load_state(model, state, record["labels"], str(folder))
     return model.eval()
+
+
+@contextmanager
+def made_again(folder: Path) -> Iterator[None]:
+    """In the block a merge is made from its record: whatever is raised there, the record or a source is wrong.
+
+    Raises:
+        InputError: For every exception in the block.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # options of the right type may be wrong in any way
+        log.debug("The merge in %s cannot be made.", folder, exc_info=True)
+        said = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"The merge in {folder} cannot be made from its record and sources ({type(error).__name__}: {said}). Copy "
+            f"both again, or mend the options in {folder / RECORD} if you have changed them."
+        ) from error
+
+
+def _elements(record: Mapping[str, Any]) -> int:
+    """How many numbers the files of a merge's sources hold."""
+    states = [open_state(pinned(entry)) for entry in record["sources"].values()]
+    return sum(state.meta(name)[0].numel() for state in states for name in state)
+
+
+def _learnables(folder: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(folder / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{folder / WEIGHTS} is damaged ({error}); copy it again.") from error
 
 
 def start_from(path: str | Path, model: MergedModel, record: Mapping[str, Any]) -> None:
@@ -116,7 +158,8 @@ def start_from(path: str | Path, model: MergedModel, record: Mapping[str, Any]) 
     except InputError as error:
         raise InputError(f"`model.init_from`: {error}") from error
     raise_all(_not_alike(folder, before, record), "`model.init_from`")
-    saved, now = load_file(folder / WEIGHTS), state_of(model)
+    saved, now = _learnables(folder), state_of(model)
+    check_values(model, saved, f"`model.init_from` {folder}")
     strange = sorted(set(saved) - set(now))
     if strange:
         raise InputError(
@@ -157,28 +200,24 @@ def read_record(path: str | Path) -> tuple[Path, dict[str, Any]]:
         InputError: No merge there, of another format, or damaged.
     """
     folder = Path(path).expanduser()
-    if not folder.exists() and "/" in str(path) and hub_id(str(path)):
+    if not exists(folder) and "/" in str(path) and hub_id(str(path)):
         folder = fetch(str(path))
     folder = folder / "merge" if (folder / "merge" / RECORD).exists() else folder
     if (folder / RECORD).exists() and (folder / EXPORTED).exists() and not (folder / WEIGHTS).exists():
         raise InputError(f"'{path}' is an export, which the model's own library loads; its README.md says how.")
     try:
-        record = yaml.safe_load((folder / RECORD).read_text(encoding="utf-8"))
-        weights = digest(folder / WEIGHTS)
-    except (OSError, yaml.YAMLError) as error:
+        record = read_yaml(folder / RECORD)
+        check_regular(folder / WEIGHTS)
+    except (OSError, InputError) as error:
         raise InputError(f"'{path}' holds no saved merge: it needs {RECORD} and {WEIGHTS} ({error}).") from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
+    if not isinstance(record, dict) or record.get("format") != FORMAT or isinstance(record["format"], float):
         raise InputError(f"{folder / RECORD} is not of format {FORMAT}, which this version of adamerge reads.")
-    wrong = [key for key, kind in _NEEDED.items() if not isinstance(record.get(key), kind)]
-    if wrong:
-        raise InputError(
-            f"{folder / RECORD} is cut short or damaged: {', '.join(wrong[:3])} is missing or of a wrong kind."
-        )
-    if weights != record["weights"]:
-        raise InputError(f"{folder / WEIGHTS} is not the file that {RECORD} was written with; copy both again.")
+    check_record(record, folder / RECORD)
     try:
-        load_file(folder / WEIGHTS)
-    except SafetensorError as error:
+        if digest(folder / WEIGHTS) != record["weights"]:
+            raise InputError(f"{folder / WEIGHTS} is not the file that {RECORD} was written with; copy both again.")
+        safe_open(folder / WEIGHTS, framework="pt")  # looks at its header, and whether it is whole
+    except (SafetensorError, OSError) as error:
         raise InputError(f"{folder / WEIGHTS} is damaged ({error}); copy it again.") from error
     return folder, record
 
@@ -189,16 +228,16 @@ def _recipe(record: Mapping[str, Any], trust: bool) -> Recipe:
     options = backbone.get("init_args") or {}
     if options.get("model") == record["sources"]["base"]["source"]:
         options["model"] = sources["base"]
-    made = revive(backbone, trust=trust)
+    made = revive(backbone, trust=trust, kind=Backbone)
     if made.foreign_code(options):
         raise_all(_unpinned({**sources, "backbone's model": options.get("model")}), "the merge's sources")
     return Recipe(
         sources["base"],
         {who.removeprefix("expert "): source for who, source in sources.items() if who.startswith("expert ")},
         made,
-        rule=revive(record["rule"], trust=trust, partial=True),
-        transforms=revive(record["transforms"], trust=trust),
-        task_modules=[revive(module, trust=trust, partial=True) for module in record["task_modules"]],
+        rule=revive(record["rule"], trust=trust, partial=True, kind=MergeRule),
+        transforms=[revive(each, trust=trust, kind=Transform) for each in record["transforms"]],
+        task_modules=[revive(module, trust=trust, partial=True, kind=TaskModule) for module in record["task_modules"]],
         space=SpaceOptions(**record["space"]),
         vectors=VectorOptions(**record["vectors"]),
     )
@@ -262,7 +301,7 @@ def _elsewhere(record: Mapping[str, Any]) -> Iterator[str]:
     """The sources that stood on the machine of whoever pushed or exported the merge, and are not here."""
     for who, entry in record["sources"].items():
         name = str(entry["source"]).removeprefix("local-dir:")
-        if name != entry["source"] and not is_local(name) and not Path(name).exists():
+        if name != entry["source"] and not is_local(name) and not exists(Path(name)):
             yield (
                 f"The {who} of this merge, '{name}', stands on the machine that it was made on: put it into the "
                 f"working directory ({Path.cwd()}) under this name, or use an export of the merge."

@@ -18,6 +18,7 @@ from types import FrameType
 from adamerge.artifact import read_record
 from adamerge.comparison import Ran
 from adamerge.files import atomic_file
+from adamerge.reading import read_json
 from adamerge.report import duration, mean, shown
 from adamerge.terminal import progress_console
 from adamerge.types import InputError
@@ -78,10 +79,8 @@ class Planned:
     def done(self) -> Ran | None:
         """What the done-marker holds; None without one, or with a damaged one."""
         try:
-            return Ran(**json.loads(self.marker.read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, TypeError) as error:
+            return Ran(**read_json(self.marker)) if self.marker.exists() else None
+        except (OSError, ValueError, TypeError) as error:  # an InputError is a ValueError
             log.warning("%s is damaged (%s); its run is made again.", shown(self.marker), error)
             return None
 

@@ -1,7 +1,6 @@
 """What can be wrong with a base and its experts: names, shapes and dtypes from the headers, values as they are read."""
 
 import logging
-import re
 from collections.abc import Iterator, Mapping
 from itertools import combinations
 from typing import Literal
@@ -45,7 +44,8 @@ def _faults(space: ParamSpace, state: State, values: bool) -> Iterator[str]:
     if missing:
         yield f"missing tensors: {some(missing)}"
     known = {key for keys in names.values() for key in keys} | set(space.aliases) | set(space.left_out)
-    extra = [key for key in state if key not in known and not (space.skip and re.search(space.skip, key))]
+    is_skipped = space.skipper()
+    extra = [key for key in state if key not in known and not is_skipped(key)]
     if extra:
         yield f"tensors the network does not have: {some(extra)}"
     shapes, dtypes, ties = [], [], []

@@ -1,6 +1,5 @@
 """The blocks of a network, and what each puts out: tokens [B, N, D], a map [B, D, H, W], or features [B, D]."""
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adamerge.patterns import Pattern
 from adamerge.types import InputError
 
 Hook = Callable[[nn.Module, Any, Any], Any]
@@ -25,10 +25,8 @@ def block_names(net: nn.Module, pattern: str | None = None) -> tuple[str, ...]:
         InputError: A pattern that is no regular expression or matches no module.
     """
     if pattern is not None:
-        try:
-            names = tuple(name for name, _ in net.named_modules() if re.fullmatch(pattern, name))
-        except re.error as error:
-            raise InputError(f"`backbone.blocks` is no regular expression: '{pattern}' ({error}).") from error
+        blocks = Pattern(pattern, "backbone.blocks")
+        names = tuple(name for name, _ in net.named_modules() if blocks.fullmatch(name))
         if not names:
             raise InputError(f"`backbone.blocks` is '{pattern}', which is the name of no module of the network.")
         return names

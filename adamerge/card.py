@@ -133,7 +133,7 @@ def _terms(sources: Sequence[_Source]) -> str:
     if len(kinds) == 1:
         only = next(iter(kinds))
         return (
-            f"All sources are under {only}{_remark(only)}."
+            f"All sources are under {_plain(only)}{_remark(only)}."
             if only
             else "The licences of the sources are unknown: find them out."
         )
@@ -263,12 +263,12 @@ def _method(record: Mapping[str, Any]) -> str:
         "Transforms of the task vectors": _listed(record.get("transforms")) or "none",
         "Task modules": _listed(record.get("task_modules")) or "none",
         "Objectives": _listed(record.get("objectives")),
-        "Backbone": _class(record.get("backbone")).rpartition(".")[2],
+        "Backbone": _plain(_class(record.get("backbone")).rpartition(".")[2]),
         "Started from": _plain(record["init_from"]) if record.get("init_from") else "",
         "Tensors not merged": ", ".join(map(_plain, record.get("left_out") or ())) if record.get("left_out") else "",
-        "Steps": str(record["steps"]) if record.get("steps") is not None else "",
+        "Steps": _plain(record["steps"]) if record.get("steps") is not None else "",
         "Learned numbers": f"{cost['learnables']:,}" if "learnables" in cost else "",
-        "Seed": str(record["seed"]) if record.get("seed") is not None else "",
+        "Seed": _plain(record["seed"]) if record.get("seed") is not None else "",
     }
     if _class(record.get("rule")).endswith("TaskWise"):
         lines["Coefficients"] = "one for each task"
@@ -319,7 +319,7 @@ def _plain(value: Any) -> str:
     if _is_path(text):
         windows = "\\" in text
         text = (PureWindowsPath if windows else PurePosixPath)(text.removeprefix("local-dir:")).name
-    return re.sub(r"([|<>*_`\[\]])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\|<>*_`\[\]&])", r"\\\1", " ".join(text.split()))
 
 
 def _code(value: Any) -> str:

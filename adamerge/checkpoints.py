@@ -12,6 +12,7 @@ from torch import Tensor
 
 from adamerge.files import sha256
 from adamerge.hub import fetch, hub_id, remote_headers
+from adamerge.reading import check_regular, exists, is_special
 from adamerge.types import InputError, some
 
 DTYPES = {
@@ -88,6 +89,7 @@ class _Safetensors(State):
         self._home: dict[str, Any] = {}
         for file in files:
             try:
+                check_regular(file)
                 handle = safe_open(file, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise InputError(
@@ -213,7 +215,7 @@ def open_headers(source: str) -> State:
     Raises:
         InputError: As for `open_state`.
     """
-    return Headers(source) if not Path(source).expanduser().exists() and hub_id(source) else open_state(source)
+    return Headers(source) if not exists(Path(source).expanduser()) and hub_id(source) else open_state(source)
 
 
 def absolute(source: str) -> str:
@@ -240,10 +242,14 @@ def locate(source: str, *, weights: bool = True, code: bool = False) -> Path:
 
         return locate_demo(source.removeprefix("demo:"))
     path = Path(source.removeprefix("local-dir:")).expanduser()
-    if not path.exists() and hub_id(source) is not None:
+    there = exists(path)
+    if not there and hub_id(source) is not None:
         return fetch(source, weights=weights, code=code)
-    if not path.exists():
-        raise InputError(f"There is no checkpoint at '{source}' (looked in {path.parent.resolve()}).")
+    if not there:
+        raise InputError(f"There is no checkpoint at '{source}' (looked in {path.parent.absolute()}).")
+    # whatever library opens one of these: a pipe would block it
+    special = [each for each in (path.iterdir() if path.is_dir() else (path,)) if is_special(each)]
+    check_regular(*special)
     return path
 
 
@@ -287,6 +293,7 @@ def _files_of(folder: Path) -> tuple[Path, ...]:
 
 
 def _read_pickle(path: Path) -> Mapping[str, Tensor]:
+    check_regular(path)
     try:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from adamerge.data import UnlabeledTasks
 from adamerge.job import TRAINER_DEFAULTS, Job, RunOptions
+from adamerge.reading import check_yaml, parse_yaml, read_text, read_yaml
 from adamerge.recipe import Recipe
 from adamerge.recorded import foreign, revive
 from adamerge.types import InputError, raise_all, some
@@ -61,13 +62,20 @@ class _ConfigFile(ActionConfigFile):
     def __call__(
         self, parser: LightningArgumentParser, cfg: Namespace, values: str, option_string: str | None = None
     ) -> None:
-        super().__call__(parser, cfg, values if _is_mapping(values) else str(find_config(values)), option_string)
+        if not _is_mapping(values):
+            file = find_config(values)
+            if file.is_file():  # a pipe can be read once
+                check_yaml(read_text(file), str(file))
+            values = str(file)
+        super().__call__(parser, cfg, values, option_string)
 
 
 def _is_mapping(text: str) -> bool:
     try:
-        return isinstance(yaml.safe_load(text), dict)
-    except yaml.YAMLError:
+        return isinstance(parse_yaml(text, "`--config`"), dict)
+    except InputError:
+        if "\n" in text:  # no file's name
+            raise
         return False
 
 
@@ -174,8 +182,8 @@ def data_of(config: Path, *, trust: bool = False) -> UnlabeledTasks:
             parser has to say.
     """
     try:
-        read = yaml.safe_load(config.read_text())
-    except (OSError, yaml.YAMLError) as error:
+        read = read_yaml(config)
+    except InputError as error:
         raise InputError(f"The run's configuration, which says what its data are, cannot be read: {error}.") from error
     section = read.get("data") if isinstance(read, dict) else None
     if not isinstance(section, dict):

@@ -13,7 +13,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from adamerge.artifact import EXPORTED, RECORD, open_merge, pinned, portable, read_record, versions, write_record
+from adamerge.artifact import (
+    EXPORTED,
+    RECORD,
+    made_again,
+    open_merge,
+    pinned,
+    portable,
+    read_record,
+    versions,
+    write_record,
+)
 from adamerge.backbones import Backbone
 from adamerge.backbones.base import to_device
 from adamerge.files import atomic_dir
@@ -86,7 +96,8 @@ def export(
         raise InputError(f"`dtype` is '{dtype}'; it is one of {', '.join(LIMITS)}.")
     _refuse_existing(target)
     folder, record = read_record(run)
-    backbone = revive(record["backbone"], trust=trust)
+    with made_again(folder):
+        backbone = revive(record["backbone"], trust=trust, kind=Backbone)
     if type(backbone).export is Backbone.export:
         raise InputError(
             f"The merge's backbone, {type(backbone).__name__}, has no layout of another library to export to. Use the "
@@ -96,7 +107,7 @@ def export(
         model = open_merge(folder, trust=trust).to(where)
         base = model.backbone.open(pinned(record["sources"]["base"]))
         status.update("Writing and checking the export …")
-        with atomic_dir(target) as new:
+        with made_again(folder), atomic_dir(target) as new:
             net = model.materialize(dtype=getattr(torch, dtype)).cpu()
             last = {task: model.chain(task)[-1] for task in model.tasks}
             model.backbone.export(net, base, new, last)

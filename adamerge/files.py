@@ -16,6 +16,7 @@ import platformdirs
 from filelock import FileLock
 from safetensors import SafetensorError
 
+from adamerge.reading import open_regular
 from adamerge.types import InputError
 
 log = logging.getLogger("adamerge")
@@ -170,6 +171,6 @@ def sha256(path: Path) -> str:
 
 
 def digest(path: Path) -> str:
-    """Hex sha256 of a file, read now."""
-    with path.open("rb") as file:
+    """Hex sha256 of a regular file, read now."""
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

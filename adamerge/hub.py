@@ -20,6 +20,7 @@ from typing import Any
 from urllib.parse import SplitResult, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
+from adamerge.reading import LIMIT, exists, open_regular, parse_yaml
 from adamerge.types import InputError
 
 log = logging.getLogger("adamerge")
@@ -145,7 +146,7 @@ def hub_id(source: str) -> HubId | None:
     found = _REPO.fullmatch(plain)
     if found is None:
         return None
-    if plain == source and (found["repo"].endswith(_FILES) or Path(source).exists()):
+    if plain == source and (found["repo"].endswith(_FILES) or exists(Path(source))):
         return None
     return HubId(found["repo"], found["revision"])
 
@@ -197,8 +198,6 @@ def card_data(source: str) -> Mapping[str, Any]:
     Raises:
         InputError: As `commit_of`.
     """
-    import yaml
-
     if hub_id(source) is None:
         readme = Path(source.removeprefix("local-dir:")).expanduser() / "README.md"
     else:
@@ -206,11 +205,12 @@ def card_data(source: str) -> Mapping[str, Any]:
         readme = _download(found, [name for name in found.names if name == "README.md"]) / "README.md"
     if not readme.is_file():
         return {}
-    text = readme.read_text(encoding="utf-8-sig", errors="replace")
+    with open_regular(readme) as file:
+        text = file.read(LIMIT).decode("utf-8-sig", errors="replace").replace("\r\n", "\n")
     block = re.match(r"\s*---[ \t]*\n(.*?)^---[ \t]*$", text, re.DOTALL | re.MULTILINE)
     try:
-        data = yaml.safe_load(block[1]) if block else None
-    except yaml.YAMLError as error:
+        data = parse_yaml(block[1], "the block") if block else None
+    except InputError as error:
         log.warning("The metadata of the README.md of %s is no YAML and is not read: %s", source, error)
         return {}
     return data if isinstance(data, Mapping) else {}
@@ -429,7 +429,7 @@ def _header(found: _Found, name: str) -> dict[str, tuple[tuple[int, ...], str]]:
     local = found.folder / name
     if local.exists():
         try:
-            with local.open("rb") as file:
+            with open_regular(local) as file:
                 header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
             header.pop("__metadata__", None)
             return {tensor: (tuple(meta["shape"]), meta["dtype"]) for tensor, meta in header.items()}

@@ -108,14 +108,40 @@ def load_state(
         raise InputError(f"{source} does not hold this merge's learnables: missing {missing}, unknown {extra}.")
     for name, (parameter, axes) in wanted.items():
         tensor = state[name]
-        for axis, kind in enumerate(axes):
-            if kind is not None:
-                tensor = tensor.index_select(axis, _order(now[kind], labels[kind], kind, source))
+        orders = [_order(now[kind], labels[kind], kind, source) if kind is not None else None for kind in axes]
         if tensor.shape != parameter.shape:
             raise InputError(
                 f"{source}: '{name}' has the shape {list(tensor.shape)}, this merge needs {list(parameter.shape)}."
             )
+        for axis, order in enumerate(orders):
+            tensor = tensor if order is None else tensor.index_select(axis, order)
         parameter.copy_(tensor)
+
+
+def check_values(model: MergedModel, state: Mapping[str, Tensor], source: str) -> None:
+    """Refuse saved learnables that no run has saved.
+
+    Args:
+        model: Whose learnables they are.
+        state: By name, as `state_of` gives them.
+        source: What messages call the state.
+
+    Raises:
+        InputError: Values that are not finite, or of another kind of number than the model's.
+    """
+    wanted = learnables_of(model)
+    for name, tensor in state.items():
+        if name in wanted and _kind(tensor) != _kind(wanted[name].parameter):
+            raise InputError(
+                f"{source}: '{name}' is of the type {str(tensor.dtype).removeprefix('torch.')}, and must be of a type "
+                f"such as {str(wanted[name].parameter.dtype).removeprefix('torch.')}. Copy the merge again."
+            )
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise InputError(f"{source}: '{name}' holds NaN or Inf, which no run saves. Copy the merge again.")
+
+
+def _kind(tensor: Tensor) -> tuple[bool, bool, bool]:
+    return tensor.is_floating_point(), tensor.is_complex(), tensor.dtype == torch.bool
 
 
 def _order(now: Sequence[str], saved: Sequence[str], kind: str, source: str) -> Tensor:

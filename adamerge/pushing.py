@@ -12,6 +12,7 @@ from typing import Any
 from adamerge.artifact import EXPORTED, RECORD, WEIGHTS, is_local, pinned, portable, read_record, write_record
 from adamerge.card import model_card
 from adamerge.hub import card_data, full_name, push
+from adamerge.naming import literal
 from adamerge.types import InputError
 
 log = logging.getLogger("adamerge")
@@ -21,8 +22,8 @@ _LOAD = """```python
 import adamerge
 
 merge = adamerge.load("{name}")
-logits = merge(merge.prepare([sample], task="{task}"), task="{task}")
-print(merge.classes("{task}")[logits.argmax()])
+logits = merge(merge.prepare([sample], task={task}), task={task})
+print(merge.classes({task})[logits.argmax()])
 ```"""
 _FOLDER = re.compile(r'^folder = "[^"\n]*"$', re.MULTILINE)  # of the code in an export's card
 
@@ -71,7 +72,7 @@ def _write_merge(folder: Path, record: Mapping[str, Any], home: Path, name: str)
     shutil.copyfile(folder / WEIGHTS, home / WEIGHTS)
     write_record(portable(record), home)
     files = f"`{WEIGHTS}` holds what was learned, `{RECORD}` how to make the model of it and of the sources."
-    load = _LOAD.format(name=name, task=next(iter(record["classes"])))
+    load = _LOAD.format(name=name, task=literal(next(iter(record["classes"]))))
     (home / CARD).write_text(card_of(record, name, files=files, load=load, library="adamerge"), encoding="utf-8")
 
 

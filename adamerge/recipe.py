@@ -14,6 +14,7 @@ from adamerge.backbones import Backbone
 from adamerge.checkpoints import State, open_state
 from adamerge.loops import Joint, Loop
 from adamerge.merged import ApplyMode
+from adamerge.naming import check_task_names
 from adamerge.objectives import Entropy, Objective
 from adamerge.opened import Opened, fill
 from adamerge.recorded import Recorded
@@ -131,7 +132,7 @@ class Recipe(Recorded):
         apply_mode: `leaf` or `swap`; see `MergedModel`.
 
     Raises:
-        InputError: `train` beside `phases`, or a phase whose share is not above 0.
+        InputError: A task's name that is none, `train` beside `phases`, or a phase whose share is not above 0.
     """
 
     def __init__(
@@ -154,6 +155,7 @@ class Recipe(Recorded):
         vectors: VectorOptions | None = None,
         apply_mode: ApplyMode = "leaf",
     ) -> None:
+        check_task_names(experts, "`model.experts`")
         self.base, self.experts, self.backbone, self.rule = base, dict(experts), backbone, rule
         self.backbone.bind(base)
         self.transforms, self.task_modules = tuple(transforms), tuple(task_modules)

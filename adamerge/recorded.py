@@ -102,19 +102,22 @@ def digest_of_tensor(tensor: Tensor) -> str:
     return hashlib.sha256(raw.numpy().tobytes()).hexdigest()
 
 
-def revive(value: Any, *, trust: bool, partial: bool = False) -> Any:
+def revive(value: Any, *, trust: bool, partial: bool = False, kind: type | None = None) -> Any:
     """Make again what `spec` has written; unless trusted, nothing foreign is imported, nor switched on by an option.
 
     Args:
         value: The text form.
         trust: Allow classes and functions from outside adamerge, and options that have code run.
         partial: Give a callable that waits for its first arguments, not an object; a string is a function's path then.
+        kind: What the class must be a subclass of.
 
     Raises:
         InputError: Foreign code without trust, a path that leads nowhere, or arguments that do not fit.
     """
     if isinstance(value, Mapping) and "class_path" in value:
         cls = _resolve(value["class_path"], trust)
+        if kind is not None and isinstance(cls, type) and not issubclass(cls, kind):
+            raise InputError(f"The merge is built with '{value['class_path']}' where a {kind.__name__} must stand.")
         if not trust:
             raise_all(_code_options(cls, value.get("init_args") or {}), "the merge's record")
         hints = typing.get_type_hints(getattr(cls, "__init__", cls))

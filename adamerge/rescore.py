@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from adamerge.artifact import load, read_record
 from adamerge.config import data_of
 from adamerge.data import UnlabeledTasks
 from adamerge.evaluation import Scores, classes_of, evaluate
 from adamerge.exporting import device_of
+from adamerge.reading import read_yaml
 from adamerge.report import gain, score_table
 from adamerge.terminal import progress_console
 from adamerge.types import Batch, InputError, raise_all, some
@@ -78,7 +78,8 @@ def _scored(
 
 
 def _precision(config: Path) -> str:
-    trainer: Any = yaml.safe_load(config.read_text()).get("trainer")
+    read = read_yaml(config)
+    trainer: Any = read.get("trainer") if isinstance(read, Mapping) else None
     return str(trainer.get("precision")) if isinstance(trainer, Mapping) else ""
 
 

@@ -4,12 +4,14 @@ import csv
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from adamerge.artifact import RECORD, open_merge, read_record
+from adamerge.reading import open_regular
 from adamerge.report import gain, lead, mean, rendered, score_table, shown, write_plots
 from adamerge.types import InputError
 
@@ -108,9 +110,6 @@ def tell(folder: Path) -> Told:
     except InputError as error:
         log.debug("%s", error)
         return Told(folder, "damaged", steps=_logged_steps(folder))
-    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:  # a record edited by hand
-        log.debug("%s: %r", folder, error)
-        return Told(folder, "damaged", steps=_logged_steps(folder))
 
 
 def _told(folder: Path, record: dict[str, Any]) -> Told:
@@ -131,14 +130,14 @@ def _told(folder: Path, record: dict[str, Any]) -> Told:
     )
 
 
-def _name(part: dict[str, Any]) -> str:
-    return str(part["class_path"]).rpartition(".")[2]
+def _name(part: dict[str, Any] | str) -> str:
+    return str(part["class_path"] if isinstance(part, dict) else part).rpartition(".")[2]
 
 
 def _logged_steps(folder: Path) -> int | None:
     """The last step in metrics.csv; None where nothing was logged."""
     try:
-        with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
+        with open_regular(folder / "metrics.csv") as raw, TextIOWrapper(raw, encoding="utf-8", newline="") as file:
             return max((int(row["step"]) + 1 for row in csv.DictReader(file) if row.get("train/loss")), default=None)
     except (OSError, KeyError, ValueError, TypeError, csv.Error):
         return None

@@ -1,6 +1,5 @@
 """Which tensors of a network are merged, under which names, in which groups."""
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -9,6 +8,7 @@ import torch
 from torch import nn
 
 from adamerge.modules import identity
+from adamerge.patterns import Pattern
 from adamerge.types import InputError, some
 
 
@@ -64,7 +64,7 @@ class ParamSpace:
         aliases: dict[str, str] = {}
         shapes: dict[str, torch.Size] = {}
         left_out: dict[str, str] = {}
-        skips = _compile(skip, "space.skip") if skip else None
+        skips = Pattern(skip, "space.skip") if skip else None
         first_of: dict[Any, str] = {}
         for name, parameter in net.named_parameters(remove_duplicate=False):
             first = first_of.setdefault(identity(parameter), name)
@@ -123,6 +123,11 @@ class ParamSpace:
         """For each merged tensor and buffer the names a checkpoint may hold it under, the canonical one first."""
         return {name: self.names_of(name) for name in (*self.shapes, *self.buffers)}
 
+    def skipper(self) -> Callable[[str], bool]:
+        """Return a function that tells whether a name is skipped."""
+        pattern = Pattern(self.skip, "space.skip") if self.skip else None
+        return lambda name: pattern is not None and pattern.search(name) is not None
+
     def names_of(self, name: str) -> list[str]:
         """The names that a checkpoint may hold any tensor under, merged or not, the canonical one first."""
         return [name, *(alias for alias, first in self.aliases.items() if first == name)]
@@ -151,13 +156,6 @@ def _persistent(net: nn.Module, name: str) -> bool:
     return leaf not in net.get_submodule(path)._non_persistent_buffers_set
 
 
-def _compile(pattern: str, option: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise InputError(f"`{option}` is no regular expression: '{pattern}' ({error}).") from error
-
-
 def _namer(group: str) -> Callable[[str], str]:
     if group == "tensor":
         return lambda name: name
@@ -165,7 +163,7 @@ def _namer(group: str) -> Callable[[str], str]:
         return lambda name: "model"
     if group == "block":
         return _block_of
-    pattern = _compile(group, "space.group")
+    pattern = Pattern(group, "space.group")
 
     def name_of(name: str) -> str:
         match = pattern.search(name)

@@ -81,9 +81,9 @@ class TaskOutput:
         return self.logits_BC
 
 
-def some(names: Iterable[str]) -> str:
+def some(names: Iterable[Any]) -> str:
     """The first three names and the count, for messages: «3 (first: a, b, c)»."""
-    names = list(names)
+    names = list(map(str, names))
     return f"{len(names)} ({'first: ' if len(names) > 3 else ''}{', '.join(names[:3])})"
 
 

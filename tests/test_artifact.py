@@ -184,7 +184,7 @@ def test_our_own_demo_needs_no_trust(tmp_path):
         (lambda d: (d / "merge.yaml").write_text("!!python/object/apply:os.getcwd []"), "holds no saved merge"),
         (
             lambda d: (d / "merge.yaml").write_text("format: 2"),
-            "is cut short or damaged: labels, sources, backbone is missing",
+            "is cut short or damaged: `weights` is missing; `labels` is missing; `sources` is missing",
         ),
     ],
 )

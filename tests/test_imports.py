@@ -14,7 +14,8 @@ PACKAGE = Path(adamerge.__file__).parent
 # A file imports only from lower layers, or from its own folder.
 LAYERS = [
     {"types", "freed"},
-    {"files", "recorded", "modules", "seeding", "terminal", "hub", "ranks", "blocks", "step", "finite"},
+    {"reading", "naming", "patterns"},
+    {"files", "recorded", "modules", "seeding", "terminal", "hub", "ranks", "blocks", "step", "finite", "budget"},
     {"native"},
     {"deltas"},
     {"demo"},
@@ -31,7 +32,7 @@ LAYERS = [
     {"loops", "resume"},
     {"opened"},
     {"evaluation", "recipe"},
-    {"teachers", "scores"},
+    {"teachers", "scores", "record"},
     {"artifact"},
     {"module", "callbacks", "progress", "report"},
     {"job", "processes", "comparison"},

@@ -17,6 +17,7 @@ from adamerge.backbones.pixels import ImageInput
 from adamerge.backbones.text import IDS, MASK, TextInput, rows_of, trimmed
 from adamerge.backbones.transformers import Transformers, has_config
 from adamerge.checkpoints import State, locate
+from adamerge.naming import folder_of, literal
 from adamerge.task_modules import ClassifierHead, TaskModule
 from adamerge.types import ROWS, UNLABELED, Batch, InputError, TaskInfo, some
 
@@ -113,13 +114,17 @@ class Classifier(Transformers):
             config.label2id = {name: number for number, name in config.id2label.items()}
             writer.task(folder, task, config, type(net).__name__, head.tensors())
 
+    def about(self, task: str) -> Mapping[str, Any]:
+        return {} if folder_of(task) == task else {"folder": f"tasks/{folder_of(task)}"}
+
     def exported(self, folder: Path) -> nn.Module:
         first = sorted((folder / "tasks").iterdir())[0]
         return self._bare(self._pretrained(first, str(first)))
 
     def answers(self, folder: Path, tasks: Sequence[str]) -> Mapping[str, Callable[[Batch], Tensor]]:
         def of(task: str) -> Callable[[Batch], Tensor]:
-            net = self._pretrained(folder / "tasks" / task, str(folder / "tasks" / task))
+            home = folder / "tasks" / folder_of(task)
+            net = self._pretrained(home, str(home))
             return lambda batch: self.features(net.to(next(iter(batch.values())).device), batch)
 
         return {task: of(task) for task in tasks}
@@ -151,7 +156,7 @@ class ImageClassifier(ImageInput, Classifier):
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 folder = "{{folder}}"
-model = AutoModelForImageClassification.from_pretrained(folder, subfolder="tasks/{task}")
+model = AutoModelForImageClassification.from_pretrained(folder, subfolder={literal(f"tasks/{folder_of(task)}")})
 processor = AutoImageProcessor.from_pretrained(folder)
 logits = model(**processor(Image.open("picture.png"), return_tensors="pt")).logits
 print(model.config.id2label[int(logits.argmax())])"""
@@ -196,7 +201,7 @@ class TextClassifier(TextInput, Classifier):
         return f"""from transformers import {self.auto}, AutoTokenizer
 
 folder = "{{folder}}"
-model = {self.auto}.from_pretrained(folder, subfolder="tasks/{task}")
+model = {self.auto}.from_pretrained(folder, subfolder={literal(f"tasks/{folder_of(task)}")})
 tokenizer = AutoTokenizer.from_pretrained(folder)
 logits = model(**tokenizer("a text", return_tensors="pt")).logits
 print([model.config.id2label[int(c)] for c in logits.argmax(-1).flatten()])"""

@@ -19,6 +19,7 @@ from adamerge.backbones.prompts import Embed, ZeroShot, check_prompts, head_of, 
 from adamerge.backbones.transformers import Transformers
 from adamerge.checkpoints import State, locate
 from adamerge.files import sha256
+from adamerge.naming import literal
 from adamerge.task_modules import TaskModule
 from adamerge.types import Batch, InputError, TaskInfo
 
@@ -147,6 +148,7 @@ class CLIP(ImageInput, ZeroShot, Transformers):
         save_file({n: p.detach().cpu().contiguous() for n, p in named.items()}, folder / "heads.safetensors")
 
     def loading(self, task: str) -> str:
+        weight, bias = (literal(f"{task}.{name}", template=True) for name in ("weight", "bias"))
         return f"""import json
 import torch
 from PIL import Image
@@ -158,8 +160,8 @@ model, processor = AutoModel.from_pretrained(folder), AutoImageProcessor.from_pr
 heads = load_file(folder + "/heads.safetensors")
 found = model.get_image_features(**processor(Image.open("picture.png"), return_tensors="pt"))
 features = torch.nn.functional.normalize(getattr(found, "pooler_output", found), dim=-1)
-logits = features @ heads["{task}.weight"].T + heads["{task}.bias"]
-print(json.load(open(folder + "/tasks.json"))["{task}"]["classes"][int(logits.argmax())])"""
+logits = features @ heads[{weight}].T + heads[{bias}]
+print(json.load(open(folder + "/tasks.json"))[{literal(task, template=True)}]["classes"][int(logits.argmax())])"""
 
     def exported(self, folder: Path) -> nn.Module:
         return Tower(self._pretrained(folder, str(folder))).eval()

@@ -13,6 +13,7 @@ from torch.utils.data import default_collate
 from adamerge.backbones.text import IDS, MASK, TextInput, trimmed
 from adamerge.backbones.transformers import Transformers
 from adamerge.checkpoints import State
+from adamerge.naming import literal
 from adamerge.task_modules import AsIs, TaskModule
 from adamerge.types import ROWS, Batch, InputError, TaskInfo
 
@@ -239,7 +240,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 folder = "{{folder}}"
 model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-task = json.load(open(folder + "/tasks.json"))["{task}"]
+task = json.load(open(folder + "/tasks.json"))[{literal(task, template=True)}]
 prompt = task["template"].replace("{{{{text}}}}", "a text").replace("{{{{pair}}}}", "another")
 answer = model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=8)
 print(tokenizer.decode(answer[0], skip_special_tokens=True))"""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from adamerge.backbones.layout import Layout
 from adamerge.modules import identity
+from adamerge.naming import folder_of
 
 SHARD = "5GB"
 TOKENIZER = (
@@ -67,7 +68,7 @@ class FolderWriter:
 
     def task(self, folder: Path, task: str, config: Any, architecture: str, head: Mapping[str, Tensor]) -> None:
         """A whole model for one task in `tasks/TASK`: links to the shared files, and a file with the task's head."""
-        home = folder / "tasks" / task
+        home = folder / "tasks" / folder_of(task)
         home.mkdir(parents=True)
         number = len(self._shards) + 1
         index: dict[str, str] = {}

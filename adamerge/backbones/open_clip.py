@@ -17,6 +17,7 @@ from adamerge.backbones.prompts import Embed, ZeroShot, check_prompts, head_of, 
 from adamerge.blocks import block_names
 from adamerge.checkpoints import State
 from adamerge.files import sha256
+from adamerge.naming import literal
 from adamerge.task_modules import TaskModule
 from adamerge.types import Batch, InputError, TaskInfo
 
@@ -169,7 +170,7 @@ from PIL import Image
 folder = "{{folder}}"
 clip, _, preprocess = open_clip.create_model_and_transforms("local-dir:" + folder)
 tokenize = open_clip.get_tokenizer("local-dir:" + folder)
-task = json.load(open(folder + "/tasks.json"))["{task}"]
+task = json.load(open(folder + "/tasks.json"))[{literal(task, template=True)}]
 head = open_clip.build_zero_shot_classifier(clip.eval(), tokenize, task["classes"], task["templates"])
 with torch.inference_mode():
     features = clip.encode_image(preprocess(Image.open("picture.png"))[None], normalize=True)

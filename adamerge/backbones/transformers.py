@@ -19,6 +19,7 @@ from adamerge.backbones.layout import Layout
 from adamerge.blocks import block_names
 from adamerge.checkpoints import PICKLES, State, absolute, locate, open_headers, open_state
 from adamerge.files import sha256
+from adamerge.reading import read_json
 from adamerge.task_modules import TaskModule
 from adamerge.types import InputError
 
@@ -140,7 +141,7 @@ class Transformers(Backbone):
     @cached_property
     def _is_untied(self) -> bool:
         """Whether the output layer is no embedding, whatever the library makes: transformers 5 ties each T5's."""
-        told = json.loads((locate(self.model, weights=False) / "config.json").read_text())
+        told = read_json(locate(self.model, weights=False) / "config.json")
         return told.get("tie_word_embeddings") is False
 
     def build(self) -> nn.Module:

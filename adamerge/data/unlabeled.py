@@ -11,6 +11,7 @@ from adamerge.data.base import MissingSplit, TaskData
 from adamerge.data.order import by_length
 from adamerge.data.prepared import Prepared, Preparer
 from adamerge.data.stream import Collate, Slot, StepSampler, StepStream, Tables
+from adamerge.naming import check_task_names
 from adamerge.recorded import Recorded
 from adamerge.types import Batch, InputError, raise_all
 
@@ -38,7 +39,7 @@ class UnlabeledTasks(Recorded, pl.LightningDataModule):
         seed: Seeds the order of the samples and any randomness in them; by default the run's seed.
 
     Raises:
-        InputError: No tasks, or a size below 1.
+        InputError: No tasks, a name that is none, or a size below 1.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class UnlabeledTasks(Recorded, pl.LightningDataModule):
         super().__init__()
         if not tasks:
             raise InputError("`data.tasks` is empty; name at least one task.")
+        check_task_names(tasks, "`data.tasks`")
         if batch_size < 1 or eval_batch_size < 1:
             raise InputError(
                 f"`data.batch_size` is {batch_size} and `data.eval_batch_size` {eval_batch_size}; both are at least 1."

@@ -69,10 +69,9 @@ def mean(scores: "Scores") -> float:
 
 
 def rendered(table: Table, *, width: int | None = None) -> str:
-    """A rich table as text without colours, at most so many characters wide; by default 14 for each column."""
-    console = Console(
-        file=StringIO(), force_jupyter=False, width=width or max(80, 14 * (len(table.columns) + 1)), color_system=None
-    )
+    """A rich table as text without colours or markup, so many characters wide; by default 14 for each column."""
+    width = width or max(80, 14 * (len(table.columns) + 1))
+    console = Console(file=StringIO(), force_jupyter=False, width=width, color_system=None, markup=False, emoji=False)
     console.print(table)
     text = str(console.file.getvalue())  # type: ignore[attr-defined]
     return "\n".join(line.rstrip() for line in text.splitlines()).rstrip()

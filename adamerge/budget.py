@@ -1,0 +1,90 @@
+"""What a stranger's options may take of memory: beyond a budget, tensors are refused before they are made."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from adamerge.types import InputError
+
+_MODULES = 1_000_000
+_MAKERS = {  # functions that make a tensor of a size that is said in numbers, with the place of the size
+    **dict.fromkeys(("empty", "empty_strided", "zeros", "ones", "full", "rand", "randn", "empty_permuted"), 0),
+    "eye": 2,  # of two axes
+    **dict.fromkeys(("arange", "linspace", "logspace", "randperm"), -1),  # of one axis, by its numbers
+    **dict.fromkeys(("new_empty", "new_zeros", "new_ones", "new_full", "repeat", "randint", "normal"), 1),
+}
+
+
+class _Sizes(TorchDispatchMode):
+    """Looks at the size of each tensor that is made from numbers."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self._limit = limit
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        place = _MAKERS.get(func._schema.name.removeprefix("aten::"))
+        if place is not None and _size(args, place) > self._limit:
+            raise InputError(_refused("one tensor", _size(args, place), self._limit))
+        return func(*args, **(kwargs or {}))
+
+
+def _size(args: Sequence[Any], place: int) -> float:
+    """The number of elements that are asked for, at most."""
+    numbers = [each for each in args if isinstance(each, (int, float)) and not isinstance(each, bool)]
+    sizes = [math.prod(each) for each in args if isinstance(each, (list, tuple)) and all(map(_is_int, each))]
+    if place < 0:
+        return max((abs(each) for each in numbers), default=0)
+    if place == 2:
+        return max(numbers, default=0) ** 2
+    return max(sizes, default=0)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int)
+
+
+def _refused(what: str, number: float, limit: int) -> str:
+    return (
+        f"{what} of {number:,.0f} elements is asked for, which the files of this merge have no use for (the limit is "
+        f"{limit:,}): an option of the merge's record, or the configuration of its model, is wrong"
+    )
+
+
+@contextmanager
+def budget(elements: int) -> Iterator[None]:
+    """In the block, refuse a single tensor, or parameters together, of more elements; and a million of modules.
+
+    Raises:
+        InputError: In the block, before the memory is taken.
+    """
+    counts = {"modules": 0, "parameters": 0}
+
+    def parameter(module: nn.Module, name: str, value: Any) -> None:
+        counts["parameters"] += value.numel() if value is not None else 0
+        if counts["parameters"] > elements:
+            raise InputError(_refused("a network", counts["parameters"], elements))
+
+    def submodule(module: nn.Module, name: str, value: Any) -> None:
+        counts["modules"] += 1
+        if counts["modules"] > _MODULES:
+            raise InputError(f"a network of more than {_MODULES:,} modules is asked for: an option is wrong")
+
+    hooks = [
+        register_module_parameter_registration_hook(parameter),
+        register_module_module_registration_hook(submodule),
+    ]
+    try:
+        with _Sizes(elements):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
