@@ -14,6 +14,7 @@ PACKAGE = Path(adamerge.__file__).parent
 # A file imports only from lower layers, or from its own folder.
 LAYERS = [
     {"types", "freed"},
+    {"reading"},
     {"files", "recorded", "modules", "seeding", "terminal", "hub", "ranks", "blocks", "step", "finite"},
     {"native"},
     {"deltas"},
