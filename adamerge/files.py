@@ -8,7 +8,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import platformdirs
@@ -35,7 +35,9 @@ def _explained(target: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         code = getattr(error, "errno", None) or next((c for c in _FULL if f"(os error {c})" in str(error)), None)
         if code not in _FULL:
-            raise
+            if not isinstance(error, OSError) or error.errno is None:
+                raise
+            raise InputError(f"{target} cannot be written ({error}); choose another place.") from error
         raise InputError(
             f"No space left on the disk of {target.parent} while saving {target.name}. "
             "What stood there before is untouched; free some space or choose another folder and save again."
@@ -48,11 +50,11 @@ def atomic_dir(target: Path) -> Iterator[Path]:
 
     A killed process leaves the old folder or none (beside a `.tmp-…` or `.old-…` sibling), never a mixture.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
     tag = uuid.uuid4().hex[:8]
     new, old = target.with_name(f"{target.name}.tmp-{tag}"), target.with_name(f"{target.name}.old-{tag}")
     try:
         with _explained(target):
+            new.parent.mkdir(parents=True, exist_ok=True)
             new.mkdir()
             yield new
             if target.exists():
@@ -66,14 +68,15 @@ def atomic_dir(target: Path) -> Iterator[Path]:
 @contextmanager
 def atomic_file(target: Path) -> Iterator[Path]:
     """Yield a path to write to that replaces `target` when the block ends well."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     new = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex[:8]}")
     try:
         with _explained(target):
+            new.parent.mkdir(parents=True, exist_ok=True)
             yield new
             os.replace(new, target)
     finally:
-        new.unlink(missing_ok=True)
+        with suppress(OSError):  # beside a place that is no folder there is nothing
+            new.unlink(missing_ok=True)
 
 
 def built_once(target: Path, build: Callable[[Path], None]) -> Path:
