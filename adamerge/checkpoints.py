@@ -303,7 +303,7 @@ def shards_of(index: Path) -> tuple[Path, ...]:
     if not names:
         raise InputError(f"{index} is no index of shards: it needs a 'weight_map' of tensor name to file.")
     for name in sorted(names):
-        if Path(name).name != name or name == "..":
+        if Path(name).name != name or name in ("", ".."):
             raise InputError(f"{index} points outside its folder ('{name}'); such a checkpoint is not read.")
         if not os.path.exists(index.parent / name):  # a name that no file can have does not exist
             raise InputError(f"{index} names the shard '{name}', which is missing; copy the whole folder.")

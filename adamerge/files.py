@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -33,10 +34,11 @@ def _explained(target: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        code = getattr(error, "errno", None) or next((c for c in _FULL if f"(os error {c})" in str(error)), None)
+        found = re.search(r"\(os error (\d+)\)", str(error))  # as safetensors says it
+        code = getattr(error, "errno", None) or (int(found[1]) if found else None)
+        if code is None:
+            raise
         if code not in _FULL:
-            if not isinstance(error, OSError) or error.errno is None:
-                raise
             raise InputError(f"{target} cannot be written ({error}); choose another place.") from error
         raise InputError(
             f"No space left on the disk of {target.parent} while saving {target.name}. "

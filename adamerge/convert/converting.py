@@ -1,6 +1,7 @@
 """From a pickled checkpoint to safetensors: the same tensors, bit by bit, checked after writing."""
 
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -74,7 +75,7 @@ def convert(source: str | Path, out: str | Path, *, modules: bool = False, key: 
         InputError: `out` exists; no or a damaged checkpoint; a pickle that names other things than plain data and
             tensors; nothing or several things in it that could be the state dict; no space left on the disk.
     """
-    path, target = locate(str(source)), Path(out).expanduser().resolve()
+    path, target = locate(str(source)), _resolved(out)
     files, other = _pickles_of(path) if path.is_dir() else ((path,), [])
     _check_target(path, target)
     with ExitStack() as stack:
@@ -103,6 +104,13 @@ def convert(source: str | Path, out: str | Path, *, modules: bool = False, key: 
     sizes = Counter(_NAMES[tensor.dtype] for tensor in tensors.values())
     total = sum(tensor.nbytes for tensor in tensors.values())
     return Converted(target, len(tensors), total, dict(sizes), tuple(_tied(tensors)), tuple(dict.fromkeys(left_out)))
+
+
+def _resolved(out: str | Path) -> Path:
+    try:
+        return Path(out).expanduser().resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a null character, a circle of links, no such user's home
+        raise InputError(f"{str(out)!r} is no name of a file or folder ({error}); choose another one.") from error
 
 
 def _pickles_of(folder: Path) -> tuple[tuple[Path, ...], list[Path]]:
@@ -142,7 +150,7 @@ def _check_target(source: Path, target: Path) -> None:
 
 
 def _refuse_existing(target: Path) -> None:
-    if target.exists() or target.is_symlink():
+    if os.path.lexists(target):
         raise InputError(f"{target} exists already and is not overwritten: choose another name, or remove it.")
 
 
@@ -173,6 +181,7 @@ def _check_sizes(tensors: Tensors, source: str, size: int) -> None:
             tensor.check()
     total = sum(tensor.nbytes for tensor in tensors.values())
     if total > _LARGEST * size + _SPARE:
+        total = min(total, 10**24)
         raise InputError(
             f"{source} has {size / 1e6:,.1f} MB, but its tensors would take {total / 1e6:,.1f} MB: they are expanded "
             f"views of few values, or the same ones under many names. More than {_LARGEST} times the size is not "
