@@ -1,8 +1,8 @@
 """Checkpoints as lazy mappings from tensor name to tensor, whatever the files look like."""
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adamerge.files import sha256
 from adamerge.hub import fetch, hub_id, remote_headers
-from adamerge.reading import check_regular, exists, is_special
+from adamerge.reading import check_regular, exists, is_special, read_json
 from adamerge.types import InputError, some
 
 DTYPES = {
@@ -29,6 +29,7 @@ DTYPES = {
     **{"U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64},
 }
 _ELSEWHERE = ("demo:", "hf-hub:", "open_clip:")  # sources that are no paths
+_INDEX = 2**26  # bytes of an index of shards; that of 100,000 tensors has 10 MB
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 
 
@@ -103,11 +104,26 @@ class _Safetensors(State):
         super().__init__(source, files, self._home)
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._home[name].get_tensor(name)
+        handle = self._home[name]
+        with self._explained(name):
+            return handle.get_tensor(name)
 
     def meta(self, name: str) -> tuple[torch.Size, torch.dtype]:
-        view = self._home[name].get_slice(name)
-        return torch.Size(view.get_shape()), _dtype(self.source, name, view.get_dtype())
+        handle = self._home[name]
+        with self._explained(name):
+            view = handle.get_slice(name)
+            shape, kind = torch.Size(view.get_shape()), view.get_dtype()
+        return shape, _dtype(self.source, name, kind)
+
+    @contextmanager
+    def _explained(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, OverflowError, AttributeError) as error:
+            reason = str(error).partition("\n")[0]
+            raise InputError(
+                f"{self.source}: tensor '{name}' cannot be read ({reason}); copy the file again."
+            ) from error
 
 
 class Headers(State):
@@ -275,25 +291,38 @@ def _files_of(folder: Path) -> tuple[Path, ...]:
         raise InputError(
             f"{folder} holds {len(indices)} indices of shards: {', '.join(i.name for i in indices)}; keep one."
         )
-    try:
-        names = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{indices[0]} is no index of shards: it needs a 'weight_map' of tensor name to file."
-        ) from error
-    files = []
-    for name in names:
-        file = folder / str(name)
-        if Path(str(name)).name != name:
-            raise InputError(f"{indices[0]} points outside its folder ('{name}'); such a checkpoint is not read.")
-        if not file.exists():
-            raise InputError(f"{indices[0]} names the shard '{name}', which is missing; copy the whole folder.")
-        files.append(file)
-    return tuple(files)
+    return shards_of(indices[0])
+
+
+def shards_of(index: Path) -> tuple[Path, ...]:
+    """The files that an index of shards names, all of them in its folder.
+
+    Raises:
+        InputError: No index, or one that names what is missing, outside its folder, or no file.
+    """
+    read = read_json(index, limit=_INDEX)
+    weight_map = read.get("weight_map") if isinstance(read, dict) else None
+    names = set(weight_map.values()) if isinstance(weight_map, dict) and _are_texts(weight_map.values()) else set()
+    if not names:
+        raise InputError(f"{index} is no index of shards: it needs a 'weight_map' of tensor name to file.")
+    for name in sorted(names):
+        if Path(name).name != name or name in ("", ".."):
+            raise InputError(f"{index} points outside its folder ('{name}'); such a checkpoint is not read.")
+        if not exists(index.parent / name):
+            raise InputError(f"{index} names the shard '{name}', which is missing; copy the whole folder.")
+        check_regular(index.parent / name)
+    return tuple(index.parent / name for name in sorted(names))
+
+
+def _are_texts(values: Iterable[object]) -> bool:
+    return all(isinstance(value, str) for value in values)
 
 
 def _read_pickle(path: Path) -> Mapping[str, Tensor]:
-    check_regular(path)
+    try:
+        check_regular(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
     try:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -307,7 +336,9 @@ def _read_pickle(path: Path) -> Mapping[str, Tensor]:
         ) from error
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
-    if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+    if not isinstance(state, Mapping) or not all(
+        isinstance(n, str) and isinstance(t, Tensor) for n, t in state.items()
+    ):
         raise InputError(
             f"{path} holds other things than named tensors; take these out of it: "
             f"`adamerge convert {path} NEW.safetensors`."

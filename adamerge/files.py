@@ -5,11 +5,12 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import stat
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import platformdirs
@@ -69,9 +70,12 @@ def _explained(target: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        code = getattr(error, "errno", None) or next((c for c in _FULL if f"(os error {c})" in str(error)), None)
-        if code not in _FULL:
+        found = re.search(r"\(os error (\d+)\)", str(error))  # as safetensors says it
+        code = getattr(error, "errno", None) or (int(found[1]) if found else None)
+        if code is None:
             raise
+        if code not in _FULL:
+            raise InputError(f"{target} cannot be written ({error}); choose another place.") from error
         raise InputError(
             f"No space left on the disk of {target.parent} while saving {target.name}. "
             "What stood there before is untouched; free some space or choose another folder and save again."
@@ -84,11 +88,11 @@ def atomic_dir(target: Path) -> Iterator[Path]:
 
     A killed process leaves the old folder or none (beside a `.tmp-…` or `.old-…` sibling), never a mixture.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
     tag = uuid.uuid4().hex[:8]
     new, old = target.with_name(f"{target.name}.tmp-{tag}"), target.with_name(f"{target.name}.old-{tag}")
     try:
         with _explained(target):
+            new.parent.mkdir(parents=True, exist_ok=True)
             new.mkdir()
             yield new
             if target.exists():
@@ -102,14 +106,15 @@ def atomic_dir(target: Path) -> Iterator[Path]:
 @contextmanager
 def atomic_file(target: Path) -> Iterator[Path]:
     """Yield a path to write to that replaces `target` when the block ends well."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     new = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex[:8]}")
     try:
         with _explained(target):
+            new.parent.mkdir(parents=True, exist_ok=True)
             yield new
             os.replace(new, target)
     finally:
-        new.unlink(missing_ok=True)
+        with suppress(OSError):  # beside a place that is no folder there is nothing
+            new.unlink(missing_ok=True)
 
 
 def built_once(target: Path, build: Callable[[Path], None]) -> Path:

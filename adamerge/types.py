@@ -5,6 +5,7 @@ T tasks · G groups of tensors · S one tensor's shape · N elements of one tens
 classes.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,12 +23,23 @@ UNLABELED = -100  # the label of a sample that has none: it is neither learned f
 
 
 class InputError(ValueError):
-    """What the user gave does not fit: says what, where and how to mend it. The command prints it as one paragraph."""
+    """What the user gave does not fit: says what, where and how to mend it. The command prints it as one paragraph.
+
+    Names of others stand in messages: what moves a terminal's cursor or cannot be printed is escaped.
+    """
 
     def __init__(self, message: str) -> None:
         if message.startswith("Caught "):  # by torch in a worker process, which raises it again with its traceback
             message = message.rpartition("adamerge.types.InputError: ")[2].strip()
-        super().__init__(message)
+        super().__init__(_EMPTY_LINES.sub("\n", _UNPRINTABLE.sub(_escape, message)))
+
+
+_EMPTY_LINES = re.compile(r"\n\s*\n")
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def _escape(found: re.Match[str]) -> str:
+    return found[0].encode("unicode_escape").decode("ascii")
 
 
 class NonFiniteLoss(InputError):

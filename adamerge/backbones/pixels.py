@@ -113,10 +113,12 @@ def eight_bits(image: Any) -> Any:
     """A PIL image with 16 bits a channel as one with 8; PIL itself would cut all values at 255.
 
     Raises:
-        InputError: Numbers of no fixed range.
+        InputError: Numbers of no fixed range, or a mode that PIL makes no colours of.
     """
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise InputError(f"An image is of mode {image.mode}, 32-bit numbers of no fixed range; save it with 8 bits.")
-    return image
+    if image.mode in ("I", "F", "La"):
+        kind = "32-bit numbers of no fixed range" if image.mode != "La" else "grey with its alpha multiplied in"
+        name = getattr(image, "filename", "") or "An image"
+        raise InputError(f"{name} is of mode {image.mode}, {kind}; save it with 8 bits, as grey or RGB.")
+    return image.convert("RGB") if image.mode == "LAB" else image

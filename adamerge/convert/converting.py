@@ -1,6 +1,7 @@
 """From a pickled checkpoint to safetensors: the same tensors, bit by bit, checked after writing."""
 
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,14 +15,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from adamerge.checkpoints import DTYPES, PICKLES, locate
+from adamerge.checkpoints import DTYPES, PICKLES, locate, shards_of
 from adamerge.convert.archives import opened
-from adamerge.convert.pickles import Array, Stored
+from adamerge.convert.parts import Array, Stored
 from adamerge.convert.states import Tensors, named_tensors
 from adamerge.files import atomic_dir, atomic_file
 from adamerge.types import InputError, some
 
 _SHARD = 5_000_000_000  # bytes
+_LARGEST, _SPARE = 32, 2**26  # tensors may take 32 times the bytes of their files, as tied ones do, and 64 MB
 _INDEX = ".bin.index.json"
 _OURS = {"pytorch_model": "model", "open_clip_pytorch_model": "open_clip_model"}  # what their libraries look for
 _NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
@@ -73,7 +75,7 @@ def convert(source: str | Path, out: str | Path, *, modules: bool = False, key: 
         InputError: `out` exists; no or a damaged checkpoint; a pickle that names other things than plain data and
             tensors; nothing or several things in it that could be the state dict; no space left on the disk.
     """
-    path, target = locate(str(source)), Path(out).expanduser().resolve()
+    path, target = locate(str(source)), _resolved(out)
     files, other = _pickles_of(path) if path.is_dir() else ((path,), [])
     _check_target(path, target)
     with ExitStack() as stack:
@@ -88,7 +90,9 @@ def convert(source: str | Path, out: str | Path, *, modules: bool = False, key: 
                 raise InputError(f"{path} holds {some(twice)} in two shards, one of them {file.name}; keep one.")
             tensors |= found
             left_out += [*beside, *(["the code of the TorchScript archive"] if content.script else [])]
+        _check_names(tensors, str(path))
         _check_types(tensors, str(path))
+        _check_sizes(tensors, str(path), sum(file.stat().st_size for file in files))
         if path.is_dir():
             skipped = [name for name in other if _is_pickle(name)]
             left_out += [str(name.relative_to(path)) for name in skipped]
@@ -97,9 +101,16 @@ def convert(source: str | Path, out: str | Path, *, modules: bool = False, key: 
             with atomic_file(target) as new:
                 _write(tensors, new, str(path))
                 _refuse_existing(target)
-    sizes = Counter(_NAMES[_dtype(tensor)] for tensor in tensors.values())
-    total = sum(map(_size, tensors.values()))
+    sizes = Counter(_NAMES[tensor.dtype] for tensor in tensors.values())
+    total = sum(tensor.nbytes for tensor in tensors.values())
     return Converted(target, len(tensors), total, dict(sizes), tuple(_tied(tensors)), tuple(dict.fromkeys(left_out)))
+
+
+def _resolved(out: str | Path) -> Path:
+    try:
+        return Path(out).expanduser().resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a null character, a circle of links, no such user's home
+        raise InputError(f"{str(out)!r} is no name of a file or folder ({error}); choose another one.") from error
 
 
 def _pickles_of(folder: Path) -> tuple[tuple[Path, ...], list[Path]]:
@@ -114,26 +125,13 @@ def _pickles_of(folder: Path) -> tuple[tuple[Path, ...], list[Path]]:
     files = named or [file for file in top if not file.stem.startswith(_NO_WEIGHTS)]
     indices = [file for file in there if file.parent == folder and file.name.endswith(_INDEX)]
     if len(indices) == 1:
-        files = _shards_of(indices[0])
+        files = list(shards_of(indices[0]))
     elif len(files) != 1:
         raise InputError(
             f"{folder} holds {len(files)} pickled checkpoints and {len(indices)} indices of shards"
             f"{f': {some(file.name for file in files)}' if files else ''}; name the file itself."
         )
     return tuple(files), [file for file in there if file not in files and file not in indices]
-
-
-def _shards_of(index: Path) -> list[Path]:
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{index} is no index of shards: it needs a 'weight_map' of tensor name to file.") from error
-    for name in names:
-        if Path(str(name)).name != name:
-            raise InputError(f"{index} points outside its folder ('{name}'); such a checkpoint is not read.")
-        if not (index.parent / name).exists():
-            raise InputError(f"{index} names the shard '{name}', which is missing; copy the whole folder.")
-    return [index.parent / name for name in names]
 
 
 def _is_pickle(file: Path) -> bool:
@@ -152,17 +150,43 @@ def _check_target(source: Path, target: Path) -> None:
 
 
 def _refuse_existing(target: Path) -> None:
-    if target.exists() or target.is_symlink():
+    if os.path.lexists(target):
         raise InputError(f"{target} exists already and is not overwritten: choose another name, or remove it.")
 
 
+def _check_names(tensors: Tensors, source: str) -> None:
+    if not tensors:
+        raise InputError(f"{source} holds no named tensors; save `model.state_dict()`.")
+    strange = [name for name in tensors if name == "__metadata__" or not _is_text(name)]
+    if strange:
+        raise InputError(f"{source} holds tensors whose names are not written: {some(strange)}; rename them.")
+
+
+def _is_text(name: str) -> bool:
+    return name.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in name)
+
+
 def _check_types(tensors: Tensors, source: str) -> None:
-    strange = {name: _dtype(tensor) for name, tensor in tensors.items() if _dtype(tensor) not in _NAMES}
+    with _explained(source):
+        strange = {name: tensor.dtype for name, tensor in tensors.items() if tensor.dtype not in _NAMES}
     if strange:
         kinds = ", ".join(map(str, dict.fromkeys(strange.values())))
         raise InputError(f"{source} holds tensors of types that are not written ({kinds}): {some(strange)}; cast them.")
-    if not tensors:
-        raise InputError(f"{source} holds no named tensors; save `model.state_dict()`.")
+
+
+def _check_sizes(tensors: Tensors, source: str, size: int) -> None:
+    """Every tensor lies in its storage, and all take no more than a multiple of the files, before any is read."""
+    with _explained(source):
+        for tensor in tensors.values():
+            tensor.check()
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    if total > _LARGEST * size + _SPARE:
+        total = min(total, 10**24)
+        raise InputError(
+            f"{source} has {size / 1e6:,.1f} MB, but its tensors would take {total / 1e6:,.1f} MB: they are expanded "
+            f"views of few values, or the same ones under many names. More than {_LARGEST} times the size is not "
+            "written; save each of them once, and expand them in the model."
+        )
 
 
 def _write_folder(tensors: Tensors, source: Path, target: Path, first: Path, other: Sequence[Path]) -> None:
@@ -177,7 +201,7 @@ def _write_folder(tensors: Tensors, source: Path, target: Path, first: Path, oth
             _write(shard, new / name, str(source))
             index |= dict.fromkeys(shard, name)
         if len(shards) > 1:
-            told = {"metadata": {"total_size": sum(map(_size, tensors.values()))}, "weight_map": index}
+            told = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())}, "weight_map": index}
             (new / f"{stem}.safetensors.index.json").write_text(json.dumps(told, indent=2))
         for file in other:
             (new / file.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
@@ -187,11 +211,13 @@ def _write_folder(tensors: Tensors, source: Path, target: Path, first: Path, oth
 
 def _shards(tensors: Tensors) -> Iterator[Tensors]:
     shard: Tensors = {}
+    size = 0
     for name, tensor in tensors.items():
-        if shard and sum(map(_size, shard.values())) + _size(tensor) > _SHARD:
+        if shard and size + tensor.nbytes > _SHARD:
             yield shard
-            shard = {}
+            shard, size = {}, 0
         shard[name] = tensor
+        size += tensor.nbytes
     yield shard
 
 
@@ -202,7 +228,8 @@ def _write(tensors: Tensors, file: Path, source: str) -> None:
         InputError: A tensor whose bytes are not all there, or a file that does not hold what was written.
     """
     with _explained(source):
-        read = {name: tensor.read() for name, tensor in tensors.items()}
+        by_place = sorted(tensors, key=lambda name: _storage(tensors[name]))  # each storage is read once
+        read = {name: tensors[name].read() for name in by_place}
     save_file(read, file, metadata={"format": "pt"})
     with safe_open(file, framework="pt") as written:
         wrong = [name for name, tensor in read.items() if not _same(tensor, written.get_tensor(name))]
@@ -216,7 +243,7 @@ def _explained(source: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, MemoryError) as error:
+    except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, MemoryError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{source} is damaged: its tensors cannot be read ({reason}); copy it again.") from error
 
@@ -226,12 +253,8 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and one.dtype == other.dtype and torch.equal(*flat)
 
 
-def _dtype(tensor: Stored | Array) -> torch.dtype:
-    return tensor.dtype if isinstance(tensor, Stored) else tensor.read().dtype
-
-
-def _size(tensor: Stored | Array) -> int:
-    return len(tensor.data) if isinstance(tensor, Array) else torch.Size(tensor.shape).numel() * tensor.dtype.itemsize
+def _storage(tensor: Stored | Array) -> tuple[int, str]:
+    return (id(tensor.storage.bytes), tensor.storage.key) if isinstance(tensor, Stored) else (0, "")
 
 
 def _tied(tensors: Tensors) -> Iterator[str]:

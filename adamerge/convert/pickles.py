@@ -1,19 +1,23 @@
 """A reader of pickles that makes plain data and inert stand-ins, never an object of a class that the file names.
 
 Nothing is imported, called or constructed but the few makers in this file. What a pickle would call stays a record of
-that wish (`Inert`); tensors stay descriptions of where their bytes lie (`Stored`) until they are read.
+that wish (`Inert`); tensors stay descriptions of where their bytes lie (`Stored`) until they are read. Every step is
+paid for from a `Budget`, copies by their length.
 """
 
 import pickle
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from io import BufferedIOBase
 from types import MappingProxyType
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from torch import Tensor
+
+from adamerge.convert.budget import Budget
+from adamerge.convert.parts import Array, Bytes, Inert, Key, Kind, Storage, Stored, sizes
 
 _STORAGES: Mapping[str, torch.dtype] = MappingProxyType(
     {
@@ -23,133 +27,32 @@ _STORAGES: Mapping[str, torch.dtype] = MappingProxyType(
     }
 )
 _DTYPES = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
-_PLAIN = re.compile(r"[<>|=]?(b1|[iufc]\d+)")  # numpy types without objects
+_PLAIN = re.compile(r"[<>|=]?(b1|[iufc][0-9]{1,2})")  # numpy types without objects
 _MOVED = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # of Python 2
+_LONGEST = 4096  # letters of a name or key
+_PARTS = 200  # of a key that is a tuple
+_SMALL = 2**60  # whole numbers below it have hashes of their own
+_MEMO = 2**32
 
 
 @dataclass(frozen=True, eq=False)
-class Storage:
-    """Bytes in a checkpoint, read by `read(key)`; of no type where the tensor says it."""
-
-    key: str
-    dtype: torch.dtype | None
-    read: Callable[[str], Any]
-    start: int = 0
-
-
-@dataclass(frozen=True, eq=False)
-class Stored:
-    """A tensor that is still in its file; offset and stride count elements, as in torch."""
-
-    storage: Storage
-    dtype: torch.dtype
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-    def read(self) -> Tensor:
-        """The tensor, contiguous and alone in its memory."""
-        if 0 in self.shape:
-            return torch.empty(self.shape, dtype=self.dtype)
-        flat = torch.frombuffer(self.storage.read(self.storage.key), dtype=self.dtype)
-        place = self.storage.start + self.offset
-        return torch.as_strided(flat, self.shape, self.stride, place).clone(memory_format=torch.contiguous_format)
-
-
-@dataclass(eq=False)
-class Array:
-    """A numpy array of numbers; its values come after it is made."""
-
-    dtype: Any = None
-    shape: tuple[int, ...] = ()
-    columns_first: bool = False
-    data: bytes = b""
-
-    def build(self, state: Any) -> None:
-        """What numpy keeps of an array: version, shape, type, order, bytes."""
-        _, shape, kind, self.columns_first, data = state
-        if not isinstance(kind, Kind):
-            raise pickle.UnpicklingError("an array of numpy without a type")
-        self.shape, self.dtype, self.data = _sizes(shape), kind.dtype, data if isinstance(data, bytes) else _bytes(data)
-
-    def read(self) -> Tensor:
-        """The array as a tensor."""
-        array = np.frombuffer(self.data, self.dtype).reshape(self.shape, order="F" if self.columns_first else "C")
-        return torch.from_numpy(np.array(array, self.dtype.newbyteorder("="), order="C"))
-
-
-@dataclass(eq=False)
-class Kind:
-    """A plain numpy type, whose byte order comes after it is made."""
-
-    dtype: Any
-
-    def build(self, state: Any) -> None:
-        """What numpy keeps of a type: version, byte order, and nothing else for plain ones."""
-        self.dtype = self.dtype.newbyteorder(state[1])
-
-
-@dataclass(eq=False)
-class Inert:
-    """What stands where a pickle asked for an object of a class; keeps the object's state as data."""
+class Named:
+    """A class or function that a pickle names."""
 
     path: str
-    state: dict[Any, Any] = field(default_factory=dict)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> "Inert":
-        return Inert(self.path)
-
-    def build(self, state: Any) -> None:
-        """Keep an object's attributes, those in slots as well."""
-        for part in state if isinstance(state, tuple) else (state,):
-            if isinstance(part, dict):
-                self.state |= part
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.state[key] = value
-
-    def extend(self, values: Iterable[Any]) -> None:
-        """Entries of a list of a class of its own."""
-        for value in values:
-            self.append(value)
-
-    def append(self, value: Any) -> None:
-        """One entry of such a list."""
-        self.state[str(len(self.state))] = value
-
-    add = append
-
-
-class Named:
-    """A class or function that a pickle names: called, it gives what its maker makes of the arguments, or an `Inert`.
-
-    Args:
-        path: Module and name.
-        reader: Whose list of unknown names grows by what turns out to be unknown only when called.
-    """
-
-    def __init__(self, path: str, reader: "Reader") -> None:
-        self.path, self._reader = path, reader
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.path in _MAKERS:
-            return _MAKERS[self.path](*args)
-        if self.path == "numpy.dtype":
-            return self._kind(str(args[0]))
-        if self.path == "torch._tensor._rebuild_from_type_v2":
-            return args[0](*args[2])
-        if self.path == "copyreg._reconstructor":
-            return args[0]()
-        return Inert(self.path)
-
-    def _kind(self, name: str) -> Any:
-        if _PLAIN.fullmatch(name):
-            return Kind(np.dtype(name))
-        self._reader.unknown[f"numpy.dtype('{name}')"] = None
-        return Inert(self.path)
 
 
 _Python: Any = pickle._Unpickler  # the one in Python, whose steps can be replaced; the type checker knows less of it
+
+
+class _Paid(dict[int, Callable[..., None]]):
+    """The steps of a reader; each one is paid for as it is looked up."""
+
+    budget: Budget
+
+    def __getitem__(self, opcode: int) -> Callable[..., None]:
+        self.budget.step(_COSTS.get(opcode, 1))
+        return super().__getitem__(opcode)
 
 
 class Reader(_Python):
@@ -157,63 +60,211 @@ class Reader(_Python):
 
     Args:
         file: Where it begins.
-        storage: Reads a storage's bytes by its key.
+        storages: The bytes of the storages that it names.
+        budget: What reading may cost.
 
     Attributes:
         unknown: The names in it that no maker knows, in the order in which they come.
         storages: The storages in it, by key.
     """
 
-    def __init__(self, file: BinaryIO, storage: Callable[[str], Any]) -> None:
+    def __init__(self, file: BinaryIO | BufferedIOBase, storages: Bytes, budget: Budget) -> None:
         super().__init__(file, encoding="latin1")
-        self._storage = storage
+        self._bytes, self._budget = storages, budget
+        self.dispatch: Any = _Paid(type(self).dispatch)
+        self.dispatch.budget = budget
         self.unknown: dict[str, None] = {}
         self.storages: dict[str, Storage] = {}
         self._made: dict[Any, Storage] = {}  # one for each place and type, so that ties can be seen
 
     def find_class(self, module: str, name: str) -> Any:
         """Never a class: what stands for it."""
+        if len(module) + len(name) > _LONGEST:
+            raise pickle.UnpicklingError("a name without end")
         path = f"{_MOVED.get(module, module)}.{name}"
         if path in _DTYPES:
             return _DTYPES[path]
         if path not in _KNOWN and _storage_type(path) is None:
             self.unknown[path] = None
-        return Named(path, self)
+        return Named(path)
 
     def persistent_load(self, pid: Any) -> Any:
         """A storage, which a pickle of torch names by its key."""
+        if not isinstance(pid, tuple) or len(pid) < 2 or pid[0] not in ("module", "storage"):
+            raise pickle.UnpicklingError("something lies outside of it")
         if pid[0] == "module":  # of torch < 1.6, with the class's source
             return pid[1]
-        if pid[0] != "storage" or not isinstance(pid[1], Named):
-            raise pickle.UnpicklingError(f"'{pid[0]}' lies outside of it")
         start = pid[5][1] if len(pid) > 5 and pid[5] else 0  # of a storage inside another, in torch < 0.4
-        made = Storage(str(pid[2]), _storage_type(pid[1].path), self._storage, start)
+        if not isinstance(pid[1], Named) or not isinstance(pid[2], (str, int)) or not _is_place(start):
+            raise pickle.UnpicklingError("a storage that is none")
+        made = Storage(self._key(str(pid[2])), _storage_type(pid[1].path), self._bytes, start)
         self.storages.setdefault(made.key, made)
         return self._made.setdefault((made.key, made.dtype, start), made)
 
+    def _called(self, function: Any, args: Any) -> Any:
+        """What a call gives: a maker's value, or a stand-in."""
+        if not isinstance(args, (tuple, list)) or not isinstance(function, (Named, Inert)):
+            raise pickle.UnpicklingError("a call of what is no function")
+        self._budget.step(len(args))
+        if isinstance(function, Inert):
+            return Inert(function.path)
+        if function.path in _MAKERS:
+            return _MAKERS[function.path](self, *args)
+        if function.path == "torch._tensor._rebuild_from_type_v2":
+            return self._called(args[0], args[2])
+        if function.path == "copyreg._reconstructor":
+            return self._called(args[0], ())
+        return Inert(function.path)
+
+    def copied(self, values: Any) -> Any:
+        """A container or text, once its length is paid for; a number, of which so many would be made, is none."""
+        if not isinstance(values, (str, bytes, bytearray, list, tuple, dict, set, frozenset)):
+            raise pickle.UnpicklingError("a container made of what is none")
+        pay = self._budget.copy if isinstance(values, (str, bytes, bytearray)) else self._budget.step
+        pay(len(values))
+        return values
+
+    def as_set(self, values: Iterable[Any] = ()) -> set[Any]:
+        """A set of values, each as a key."""
+        return set(map(self._key, self.copied(values)))
+
+    def as_dict(self, pairs: Any = ()) -> dict[Any, Any]:
+        """A dict of another one, or of pairs."""
+        pairs = self.copied(pairs)
+        return dict(pairs) if isinstance(pairs, dict) else {self._key(key): value for key, value in pairs}
+
+    def as_kind(self, name: Any, *rest: Any) -> Any:
+        """A plain type of numpy; a stand-in for one of objects."""
+        if not isinstance(name, str) or len(name) > _LONGEST:
+            raise pickle.UnpicklingError("a type of numpy without a name")
+        if _PLAIN.fullmatch(name):
+            return Kind(np.dtype(name))
+        self.unknown[f"numpy.dtype('{name}')"] = None
+        return Inert("numpy.dtype")
+
+    def _key(self, value: Any) -> Any:
+        """A key for a dict or set whose hash takes no time, and is not like those of many others."""
+        return value if _is_key(value) else Key(self._text(value))
+
+    def _text(self, value: Any) -> str:
+        """The text of a tuple of keys, a frozen set or a large number; a shared part counts wherever it stands."""
+        texts: list[str] = []
+        left, room = [value], _LONGEST
+        while left:
+            part = left.pop()
+            if isinstance(part, (tuple, frozenset)) and len(part) < _PARTS:
+                texts.append(f"{type(part).__name__} of {len(part)}:")
+                left += part
+            elif isinstance(part, (int, complex)):
+                texts.append(hex(part) if isinstance(part, int) else str(part))
+            elif _is_key(part):
+                texts.append(repr(part))
+            else:
+                raise pickle.UnpicklingError("a key that is none")
+            room -= len(texts[-1])
+            if room < 0 or len(texts) > _PARTS:
+                raise pickle.UnpicklingError("a key without end")
+        self._budget.step(len(texts))
+        self._budget.copy(_LONGEST - room)
+        return " ".join(texts)
+
+    def _reduce(self) -> None:
+        args = self.stack.pop()
+        self.stack[-1] = self._called(self.stack[-1], args)
+
     def _new(self) -> None:
         args, cls = self.stack.pop(), self.stack.pop()
-        self.append(cls(*args))
+        self.append(self._called(cls, args))
 
     def _new_ex(self) -> None:
         self.stack.pop()
         self._new()
 
+    def _instantiate(self, klass: Any, args: Any) -> None:
+        self.append(self._called(klass, args))
+
     def _build(self) -> None:
-        state = self.stack.pop()
-        if isinstance(self.stack[-1], (Inert, Array, Kind)):
-            self.stack[-1].build(state)  # attributes of anything else (a dict's metadata, a parameter's) are let go
+        state, target = self.stack.pop(), self.stack[-1]
+        if isinstance(target, Inert):  # attributes, those in slots as well
+            for part in self.copied(state) if isinstance(state, tuple) else (state,):
+                if isinstance(part, dict):
+                    target.state |= self.copied(part)
+        elif isinstance(target, Array):
+            *head, data = state
+            if not isinstance(data, bytes):
+                data = bytes(_bytearray_of(self, data))
+            target.build((*head, data))
+        elif isinstance(target, Kind):
+            target.build(state)  # attributes of anything else (a dict's metadata, a parameter's) are let go
+
+    def _set(self, items: list[Any]) -> None:
+        target = self.stack[-1]
+        entries = target.state if isinstance(target, Inert) else target
+        if not isinstance(entries, dict) or len(items) % 2:
+            raise pickle.UnpicklingError("entries of what is no dict")
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            entries[self._key(key)] = value
+
+    def _set_one(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set([key, value])
+
+    def _set_some(self) -> None:
+        self._set(self.pop_mark())
+
+    def _dict(self) -> None:
+        items = self.pop_mark()
+        self.append({})
+        self._set(items)
+
+    def _add(self) -> None:
+        items, target = self.pop_mark(), self.stack[-1]
+        if isinstance(target, Inert):
+            target.extend(items)
+        elif isinstance(target, set):
+            target |= self.as_set(items)
+        else:
+            raise pickle.UnpicklingError("members of what is no set")
+
+    def _frozen(self) -> None:
+        self.append(frozenset(self.as_set(self.pop_mark())))
+
+    def _bytearray(self) -> None:
+        self.append(bytearray(self.read(int.from_bytes(self.read(8), "little"))))
+
+    def _put(self) -> None:
+        place = int(self.readline()[:-1])
+        if not 0 <= place < _MEMO:
+            raise pickle.UnpicklingError("a place in its memory that is none")
+        self.memo[place] = self.stack[-1]
 
     def _refuse(self) -> None:
-        raise pickle.UnpicklingError("it has names by number")
+        raise pickle.UnpicklingError("it has names by number, or parts that were sent along")
 
-    dispatch = MappingProxyType(
+    dispatch: Any = MappingProxyType(
         {
             **_Python.dispatch,
-            **{pickle.NEWOBJ[0]: _new, pickle.NEWOBJ_EX[0]: _new_ex, pickle.BUILD[0]: _build},
+            **{pickle.REDUCE[0]: _reduce, pickle.NEWOBJ[0]: _new, pickle.NEWOBJ_EX[0]: _new_ex},
+            **{pickle.BUILD[0]: _build, pickle.PUT[0]: _put, pickle.BYTEARRAY8[0]: _bytearray},
+            **{pickle.SETITEM[0]: _set_one, pickle.SETITEMS[0]: _set_some, pickle.DICT[0]: _dict},
+            **{pickle.ADDITEMS[0]: _add, pickle.FROZENSET[0]: _frozen},
             **dict.fromkeys((pickle.EXT1[0], pickle.EXT2[0], pickle.EXT4[0]), _refuse),
+            **dict.fromkeys((pickle.NEXT_BUFFER[0], pickle.READONLY_BUFFER[0]), _refuse),
         }
     )
+
+
+_KEYS = (float, Named, Inert, Key, Storage, Stored, Array, Kind, torch.dtype)
+_CALLS = (pickle.REDUCE, pickle.NEWOBJ, pickle.NEWOBJ_EX, pickle.OBJ, pickle.INST)
+_COSTS = dict.fromkeys((opcode[0] for opcode in (*_CALLS, pickle.EMPTY_SET, pickle.FROZENSET)), 3)  # in memory
+
+
+def _is_key(value: Any) -> bool:
+    if isinstance(value, (str, bytes)):
+        return len(value) <= _LONGEST
+    if isinstance(value, int):
+        return abs(value) < _SMALL
+    return value is None or isinstance(value, _KEYS)
 
 
 def _storage_type(path: str) -> torch.dtype | None:
@@ -222,41 +273,57 @@ def _storage_type(path: str) -> torch.dtype | None:
     return _STORAGES.get(found[1]) if found else None
 
 
-def _tensor(storage: Storage, offset: int, size: Any, stride: Any, *rest: Any) -> Stored:
+def _is_place(value: Any) -> bool:
+    return isinstance(value, int) and 0 <= value < 2**63
+
+
+def _tensor(reader: Reader, storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Stored:
+    if not isinstance(storage, Storage) or not _is_place(offset):
+        raise pickle.UnpicklingError("a tensor without a storage")
     dtype = next((value for value in rest[2:3] if isinstance(value, torch.dtype)), None) or storage.dtype
-    if dtype is None or not isinstance(offset, int):
+    if dtype is None:
         raise pickle.UnpicklingError("a tensor without a type")
-    return Stored(storage, dtype, offset, _sizes(size), _sizes(stride))
+    return Stored(storage, dtype, offset, sizes(size), sizes(stride))
 
 
-def _sizes(values: Any) -> tuple[int, ...]:
-    if not all(isinstance(value, int) and value >= 0 for value in values):
-        raise pickle.UnpicklingError("a shape that is none")
-    return tuple(values)
+def _encoded(reader: Reader, text: Any, encoding: Any = "latin1") -> bytes:
+    if not isinstance(text, str) or encoding not in ("latin1", "latin-1", "utf-8", "utf8", "ascii"):
+        raise pickle.UnpicklingError("bytes that are none")
+    return bytes(reader.copied(text).encode(encoding))
 
 
-def _bytes(text: str, encoding: str = "latin1") -> bytes:
-    if encoding not in ("latin1", "latin-1", "utf-8", "utf8", "ascii"):
-        raise pickle.UnpicklingError(f"text in '{encoding}'")
-    return text.encode(encoding)
+def _bytearray_of(reader: Reader, content: Any = b"", encoding: Any = "latin1") -> bytearray:
+    if isinstance(content, (bytes, bytearray)):
+        return bytearray(reader.copied(content))
+    return bytearray(_encoded(reader, content, encoding))
 
 
-def _first(value: Any, *rest: Any) -> Any:
+def _complex(reader: Reader, *parts: Any) -> complex:
+    if not all(isinstance(part, (int, float)) for part in parts):
+        raise pickle.UnpicklingError("a complex number that is none")
+    return complex(*parts)
+
+
+def _first(reader: Reader, value: Any, *rest: Any) -> Any:
     return value
 
 
 _REBUILD = "torch._utils._rebuild_"
 _MAKERS: Mapping[str, Callable[..., Any]] = MappingProxyType(
     {
-        **dict.fromkeys(("collections.OrderedDict", "collections.Counter", "builtins.dict"), lambda *a: dict(*a)),
-        "collections.defaultdict": lambda *args: {},
-        **{f"builtins.{kind.__name__}": kind for kind in (set, frozenset, list, tuple, complex, bytearray)},
-        **{"torch.Size": lambda *args: tuple(*args), "torch.device": lambda *args: args},
-        **{"torch.serialization._get_layout": _first, "_codecs.encode": _bytes},
+        **dict.fromkeys(("collections.OrderedDict", "collections.Counter", "builtins.dict"), Reader.as_dict),
+        "collections.defaultdict": lambda reader, *args: {},
+        **{"builtins.set": Reader.as_set, "builtins.frozenset": lambda reader, *args: frozenset(reader.as_set(*args))},
+        "builtins.list": lambda reader, *args: list(*map(reader.copied, args)),
+        "builtins.tuple": lambda reader, *args: tuple(*map(reader.copied, args)),
+        **{"builtins.complex": _complex, "builtins.bytearray": _bytearray_of},
+        "torch.Size": lambda reader, *args: tuple(*map(reader.copied, args)),
+        "torch.device": lambda reader, *args: args,
+        **{"torch.serialization._get_layout": _first, "_codecs.encode": _encoded, "numpy.dtype": Reader.as_kind},
         **{f"{_REBUILD}tensor{version}": _tensor for version in ("", "_v2", "_v3")},
         **{f"{_REBUILD}parameter{kind}": _first for kind in ("", "_with_state")},
         **{f"torch.{name}": _first for name in ("nn.parameter.Parameter", "nn.parameter.Buffer")},
-        **{f"numpy.{home}.multiarray._reconstruct": lambda *args: Array() for home in ("core", "_core")},
+        **{f"numpy.{home}.multiarray._reconstruct": lambda reader, *args: Array() for home in ("core", "_core")},
         **{f"numpy.{home}.multiarray.scalar": _first for home in ("core", "_core")},
         **{f"torch.jit._pickle.{name}": _first for name in ("restore_type_tag", "build_tensorlist", "build_intlist")},
         **{f"torch.jit._pickle.{name}": _first for name in ("build_doublelist", "build_boollist")},
@@ -267,7 +334,7 @@ _KNOWN = frozenset(
         *_MAKERS,
         *(f"builtins.{name}" for name in ("int", "float", "bool", "str", "bytes", "object")),
         *("torch.storage.UntypedStorage", "torch.UntypedStorage", "torch.Tensor"),
-        *("numpy.dtype", "numpy.ndarray", "copyreg._reconstructor"),
+        *("numpy.ndarray", "copyreg._reconstructor"),
         "torch._tensor._rebuild_from_type_v2",
     }
 )

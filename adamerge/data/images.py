@@ -6,15 +6,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from adamerge.checkpoints import absolute
 from adamerge.data.base import MissingSplit, TaskData
 from adamerge.data.class_names import class_names
+from adamerge.data.pictures import SUFFIXES, decoded, is_picture
 from adamerge.types import UNLABELED, InputError, some
-
-_SUFFIXES = frozenset(Image.registered_extensions())
 
 
 class ImageFolder(TaskData):
@@ -90,7 +88,7 @@ class ImageFolder(TaskData):
             (file, label) for label, kind in enumerate(kinds) for file in _images(sorted((folder / kind).rglob("*")))
         ]
         samples += [(file, UNLABELED) for file in _images(sorted(folder.glob("*")))]
-        unreadable = [str(file) for file, _ in samples if not _has_header(file)]
+        unreadable = [str(file) for file, _ in samples if not is_picture(file)]
         if unreadable:
             raise InputError(f"Files that are no readable images: {some(unreadable)}. Remove or replace them.")
         return _Files(samples)
@@ -111,7 +109,7 @@ class ImageFolder(TaskData):
 
 
 def _images(files: Sequence[Path]) -> list[Path]:
-    return [file for file in files if file.suffix.lower() in _SUFFIXES and not file.name.startswith(".")]
+    return [file for file in files if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")]
 
 
 class _Files(Dataset[Mapping[str, Any]]):
@@ -134,19 +132,4 @@ class _Files(Dataset[Mapping[str, Any]]):
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         file, label = self._samples[index]
-        try:
-            with Image.open(file) as image:
-                image.load()
-                return {"image": ImageOps.exif_transpose(image), "label": label}
-        except (OSError, Image.DecompressionBombError) as error:
-            raise InputError(f"The image {file} cannot be decoded ({error}); remove or replace it.") from error
-
-
-def _has_header(file: Path) -> bool:
-    try:
-        with Image.open(file):
-            return True
-    except Image.DecompressionBombError:
-        return True  # said when it is decoded
-    except (UnidentifiedImageError, OSError):
-        return False
+        return {"image": decoded(file), "label": label}

@@ -1,7 +1,7 @@
 """Rows of a table of Hugging Face `datasets`, as samples."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from adamerge.data.pictures import check_size
 from adamerge.types import UNLABELED, InputError, some
 
 
@@ -118,16 +119,23 @@ class Rows(Dataset[Mapping[str, Any]]):
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
         try:
-            return self._sample(index, self._rows[index])
-        except (OSError, Image.DecompressionBombError) as error:
-            raise InputError(f"Sample {index} of {self._path} cannot be decoded ({error}); leave it out.") from error
+            row = self._rows[index]
+            _check_pictures(row.values())
+        except Exception as error:  # what decodes a damaged picture or text fails in any way
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise InputError(f"Sample {index} of {self._path} cannot be decoded ({reason}); leave it out.") from error
+        return self._sample(index, row)
 
     def __getitems__(self, indices: Sequence[int]) -> list[Mapping[str, Any]]:
         """Several samples, which `datasets` reads faster together; torch's loader asks so."""
         try:
             columns = self._rows[indices]
-        except (OSError, Image.DecompressionBombError):  # one of them; which one is said
+            for values in columns.values():
+                _check_pictures(values)
+        except Exception:  # one of them; which one is said
             return [self[index] for index in indices]
         rows = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
         return [self._sample(index, row) for index, row in zip(indices, rows, strict=True)]
@@ -208,6 +216,12 @@ def _blanks(rows: Any, column: str) -> Any:
         return None
     missing, order = pc.is_null(values), rows._indices
     return missing if order is None else missing.take(order.column(0))
+
+
+def _check_pictures(values: Iterable[Any]) -> None:
+    for value in values:
+        if isinstance(value, Image.Image):
+            check_size(value)
 
 
 def _is_list(values: Any) -> bool:
