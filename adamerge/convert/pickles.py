@@ -1,6 +1,6 @@
 """A reader of pickles that makes plain data and inert stand-ins, never an object of a class that the file names.
 
-Nothing is imported, called or constructed but the few makers in this file. What a pickle would call stays a record of
+Nothing is imported, called or constructed but the few makers of `makers.py`. What a pickle would call stays a record of
 that wish (`Inert`); tensors stay descriptions of where their bytes lie (`Stored`) until they are read. Every step is
 paid for from a `Budget`, copies by their length.
 """
@@ -13,11 +13,11 @@ from io import BufferedIOBase
 from types import MappingProxyType
 from typing import Any, BinaryIO
 
-import numpy as np
 import torch
 
 from adamerge.convert.budget import Budget
-from adamerge.convert.parts import Array, Bytes, Inert, Key, Kind, Storage, Stored, sizes
+from adamerge.convert.makers import KNOWN, LONGEST, MAKERS, bytearray_of, is_place
+from adamerge.convert.parts import Array, Bytes, Inert, Key, Kind, Storage, Stored
 
 _STORAGES: Mapping[str, torch.dtype] = MappingProxyType(
     {
@@ -27,9 +27,7 @@ _STORAGES: Mapping[str, torch.dtype] = MappingProxyType(
     }
 )
 _DTYPES = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
-_PLAIN = re.compile(r"[<>|=]?(b1|[iufc][0-9]{1,2})")  # numpy types without objects
 _MOVED = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # of Python 2
-_LONGEST = 4096  # letters of a name or key
 _PARTS = 200  # of a key that is a tuple
 _SMALL = 2**60  # whole numbers below it have hashes of their own
 _MEMO = 2**32
@@ -79,12 +77,12 @@ class Reader(_Python):
 
     def find_class(self, module: str, name: str) -> Any:
         """Never a class: what stands for it."""
-        if len(module) + len(name) > _LONGEST:
+        if len(module) + len(name) > LONGEST:
             raise pickle.UnpicklingError("a name without end")
         path = f"{_MOVED.get(module, module)}.{name}"
         if path in _DTYPES:
             return _DTYPES[path]
-        if path not in _KNOWN and _storage_type(path) is None:
+        if path not in KNOWN and _storage_type(path) is None:
             self.unknown[path] = None
         return Named(path)
 
@@ -95,7 +93,7 @@ class Reader(_Python):
         if pid[0] == "module":  # of torch < 1.6, with the class's source
             return pid[1]
         start = pid[5][1] if len(pid) > 5 and pid[5] else 0  # of a storage inside another, in torch < 0.4
-        if not isinstance(pid[1], Named) or not isinstance(pid[2], (str, int)) or not _is_place(start):
+        if not isinstance(pid[1], Named) or not isinstance(pid[2], (str, int)) or not is_place(start):
             raise pickle.UnpicklingError("a storage that is none")
         made = Storage(self._key(str(pid[2])), _storage_type(pid[1].path), self._bytes, start)
         self.storages.setdefault(made.key, made)
@@ -108,8 +106,8 @@ class Reader(_Python):
         self._budget.step(len(args))
         if isinstance(function, Inert):
             return Inert(function.path)
-        if function.path in _MAKERS:
-            return _MAKERS[function.path](self, *args)
+        if function.path in MAKERS:
+            return MAKERS[function.path](self, *args)
         if function.path == "torch._tensor._rebuild_from_type_v2":
             return self._called(args[0], args[2])
         if function.path == "copyreg._reconstructor":
@@ -133,15 +131,6 @@ class Reader(_Python):
         pairs = self.copied(pairs)
         return dict(pairs) if isinstance(pairs, dict) else {self._key(key): value for key, value in pairs}
 
-    def as_kind(self, name: Any, *rest: Any) -> Any:
-        """A plain type of numpy; a stand-in for one of objects."""
-        if not isinstance(name, str) or len(name) > _LONGEST:
-            raise pickle.UnpicklingError("a type of numpy without a name")
-        if _PLAIN.fullmatch(name):
-            return Kind(np.dtype(name))
-        self.unknown[f"numpy.dtype('{name}')"] = None
-        return Inert("numpy.dtype")
-
     def _key(self, value: Any) -> Any:
         """A key for a dict or set whose hash takes no time, and is not like those of many others."""
         return value if _is_key(value) else Key(self._text(value))
@@ -149,7 +138,7 @@ class Reader(_Python):
     def _text(self, value: Any) -> str:
         """The text of a tuple of keys, a frozen set or a large number; a shared part counts wherever it stands."""
         texts: list[str] = []
-        left, room = [value], _LONGEST
+        left, room = [value], LONGEST
         while left:
             part = left.pop()
             if isinstance(part, (tuple, frozenset)) and len(part) < _PARTS:
@@ -165,7 +154,7 @@ class Reader(_Python):
             if room < 0 or len(texts) > _PARTS:
                 raise pickle.UnpicklingError("a key without end")
         self._budget.step(len(texts))
-        self._budget.copy(_LONGEST - room)
+        self._budget.copy(LONGEST - room)
         return " ".join(texts)
 
     def _reduce(self) -> None:
@@ -192,7 +181,7 @@ class Reader(_Python):
         elif isinstance(target, Array):
             *head, data = state
             if not isinstance(data, bytes):
-                data = bytes(_bytearray_of(self, data))
+                data = bytes(bytearray_of(self, data))
             target.build((*head, data))
         elif isinstance(target, Kind):
             target.build(state)  # attributes of anything else (a dict's metadata, a parameter's) are let go
@@ -261,7 +250,7 @@ _COSTS = dict.fromkeys((opcode[0] for opcode in (*_CALLS, pickle.EMPTY_SET, pick
 
 def _is_key(value: Any) -> bool:
     if isinstance(value, (str, bytes)):
-        return len(value) <= _LONGEST
+        return len(value) <= LONGEST
     if isinstance(value, int):
         return abs(value) < _SMALL
     return value is None or isinstance(value, _KEYS)
@@ -271,70 +260,3 @@ def _storage_type(path: str) -> torch.dtype | None:
     """The type of a storage class; None for one without a type, and for what is no storage class."""
     found = re.fullmatch(r"torch\.(?:cuda\.)?(\w+)Storage", path)
     return _STORAGES.get(found[1]) if found else None
-
-
-def _is_place(value: Any) -> bool:
-    return isinstance(value, int) and 0 <= value < 2**63
-
-
-def _tensor(reader: Reader, storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Stored:
-    if not isinstance(storage, Storage) or not _is_place(offset):
-        raise pickle.UnpicklingError("a tensor without a storage")
-    dtype = next((value for value in rest[2:3] if isinstance(value, torch.dtype)), None) or storage.dtype
-    if dtype is None:
-        raise pickle.UnpicklingError("a tensor without a type")
-    return Stored(storage, dtype, offset, sizes(size), sizes(stride))
-
-
-def _encoded(reader: Reader, text: Any, encoding: Any = "latin1") -> bytes:
-    if not isinstance(text, str) or encoding not in ("latin1", "latin-1", "utf-8", "utf8", "ascii"):
-        raise pickle.UnpicklingError("bytes that are none")
-    return bytes(reader.copied(text).encode(encoding))
-
-
-def _bytearray_of(reader: Reader, content: Any = b"", encoding: Any = "latin1") -> bytearray:
-    if isinstance(content, (bytes, bytearray)):
-        return bytearray(reader.copied(content))
-    return bytearray(_encoded(reader, content, encoding))
-
-
-def _complex(reader: Reader, *parts: Any) -> complex:
-    if not all(isinstance(part, (int, float)) for part in parts):
-        raise pickle.UnpicklingError("a complex number that is none")
-    return complex(*parts)
-
-
-def _first(reader: Reader, value: Any, *rest: Any) -> Any:
-    return value
-
-
-_REBUILD = "torch._utils._rebuild_"
-_MAKERS: Mapping[str, Callable[..., Any]] = MappingProxyType(
-    {
-        **dict.fromkeys(("collections.OrderedDict", "collections.Counter", "builtins.dict"), Reader.as_dict),
-        "collections.defaultdict": lambda reader, *args: {},
-        **{"builtins.set": Reader.as_set, "builtins.frozenset": lambda reader, *args: frozenset(reader.as_set(*args))},
-        "builtins.list": lambda reader, *args: list(*map(reader.copied, args)),
-        "builtins.tuple": lambda reader, *args: tuple(*map(reader.copied, args)),
-        **{"builtins.complex": _complex, "builtins.bytearray": _bytearray_of},
-        "torch.Size": lambda reader, *args: tuple(*map(reader.copied, args)),
-        "torch.device": lambda reader, *args: args,
-        **{"torch.serialization._get_layout": _first, "_codecs.encode": _encoded, "numpy.dtype": Reader.as_kind},
-        **{f"{_REBUILD}tensor{version}": _tensor for version in ("", "_v2", "_v3")},
-        **{f"{_REBUILD}parameter{kind}": _first for kind in ("", "_with_state")},
-        **{f"torch.{name}": _first for name in ("nn.parameter.Parameter", "nn.parameter.Buffer")},
-        **{f"numpy.{home}.multiarray._reconstruct": lambda reader, *args: Array() for home in ("core", "_core")},
-        **{f"numpy.{home}.multiarray.scalar": _first for home in ("core", "_core")},
-        **{f"torch.jit._pickle.{name}": _first for name in ("restore_type_tag", "build_tensorlist", "build_intlist")},
-        **{f"torch.jit._pickle.{name}": _first for name in ("build_doublelist", "build_boollist")},
-    }
-)
-_KNOWN = frozenset(
-    {
-        *_MAKERS,
-        *(f"builtins.{name}" for name in ("int", "float", "bool", "str", "bytes", "object")),
-        *("torch.storage.UntypedStorage", "torch.UntypedStorage", "torch.Tensor"),
-        *("numpy.ndarray", "copyreg._reconstructor"),
-        "torch._tensor._rebuild_from_type_v2",
-    }
-)
