@@ -29,26 +29,41 @@ def numbers(text):
     return [float(number) for number in re.findall(r"\d+\.\d", text)]
 
 
-@pytest.mark.parametrize(("command", "printed"), OUTPUTS, ids=[f"output{i}" for i in range(len(OUTPUTS))])
-def test_the_output_shown_is_what_is_printed(command, printed, tmp_path, monkeypatch, capsys):
-    """All but the trained row, which takes 300 steps; tests/test_configs.py trains it."""
+def table(text):
+    """The rows of numbers of a printed table, in %."""
+    return torch.tensor([numbers(line) for line in text.splitlines() if line.startswith("│")])
+
+
+def printed_by(command, tmp_path, monkeypatch, capsys, *options):
     monkeypatch.chdir(ROOT)
     _, _, _, *arguments = shlex.split(command)
-    short = ["--run.root", str(tmp_path), "--trainer.max_steps", "2"]
-    monkeypatch.setattr(sys, "argv", ["adamerge.fit", *arguments, *short])
+    monkeypatch.setattr(sys, "argv", ["adamerge.fit", *arguments, "--run.root", str(tmp_path), *options])
     assert main(fit) == 0
-    out = capsys.readouterr().out
+    return capsys.readouterr().out
+
+
+SHOWN = pytest.mark.parametrize(("command", "printed"), OUTPUTS, ids=[f"output{i}" for i in range(len(OUTPUTS))])
+
+
+@SHOWN
+def test_the_output_shown_is_what_is_printed(command, printed, tmp_path, monkeypatch, capsys):
+    """All but the trained row, for which the next test trains."""
+    out = printed_by(command, tmp_path, monkeypatch, capsys, "--trainer.max_steps", "2")
     steady = re.compile(r"^(?:Tasks|Merging|Learning|Memory):.*$", re.M)
     assert steady.findall(out) == steady.findall(printed)
     assert len(steady.findall(out)) == 4
-    found, shown = (
-        [numbers(line) for line in text.splitlines() if line.startswith("│")][:-1] for text in (out, printed)
-    )
-    columns = len(found[0])
-    assert columns == (5 if "text_demo" in command else 9)
-    assert [len(row) for row in found] == [len(row) for row in shown] == [columns] * 5
-    # other processors may train slightly other experts
-    assert torch.tensor(found).sub(torch.tensor(shown)).abs().mean() < 2
+    found, shown = table(out), table(printed)
+    assert found.shape == shown.shape == (6, 5 if "text_demo" in command else 9)
+    # one sample of a task's 420 to 500 may fall to the other side where numbers are added up in another order
+    assert (found - shown)[:-1].abs().max() < 0.25
+    assert (found - shown)[:-1, -1].abs().max() <= 0.2 + 1e-6
+
+
+@pytest.mark.slow
+@SHOWN
+def test_the_trained_row_shown_is_what_training_gives(command, printed, tmp_path, monkeypatch, capsys):
+    found, shown = table(printed_by(command, tmp_path, monkeypatch, capsys)), table(printed)
+    assert abs(found[-1, -1] - shown[-1, -1]) < 1
 
 
 def test_every_command_parses_and_names_what_exists():
