@@ -164,7 +164,7 @@ _TRUTH = _of_type("true or false", bool)
 _NUMBER = _of_type("a number", int, float)
 _SHA256 = _text("a sha256, 64 hexadecimal digits", r"[0-9a-f]{64}")
 # `<Name>` stands for an object made in Python that no text can name: of data, which are not made again
-_CLASS = _text("a class's path, such as package.module.Name", r"\w+(\.\w+)*|<\w+>", 1000)
+_CLASS = _text("a class's path, such as package.module.Name", r"\w+(\.\w+)*|<[\w.<>]+>", 1000)
 _SOURCE = _fields({"source": _PRINTED, "sha256": _SHA256}, {"revision": _optional(_PRINTED)})
 
 _RECORD = _fields(
