@@ -22,6 +22,8 @@ from adamerge.card import model_card
 from adamerge.checkpoints import open_state
 from adamerge.comparison import Ran
 from adamerge.config import data_of, parse
+from adamerge.data import HFDataset
+from adamerge.data.class_names import class_names
 from adamerge.exporting import export
 from adamerge.files import digest
 from adamerge.hub import card_data
@@ -220,6 +222,16 @@ def test_readers_of_a_run_s_other_files_are_not_held_up(run, tmp_path):
     (tmp_path / "README.md").unlink()
     (tmp_path / "README.md").write_text(f"---\nlicense: mit\nx: {BOMBS['5,000 [']}\n---\n")
     assert card_data(str(tmp_path)) == {}
+
+
+def test_no_pipe_or_endless_file_stands_for_a_file_of_the_data(tmp_path):
+    os.mkfifo(tmp_path / "dataset_dict.json")
+    with pytest.raises(InputError, match="not a file"):
+        HFDataset(str(tmp_path)).classes  # noqa: B018
+    with (tmp_path / "names.txt").open("wb") as file:
+        file.truncate(10**12)  # takes no room on the disk
+    with pytest.raises(InputError, match="larger than 16 MiB"):
+        class_names(str(tmp_path / "names.txt"))
 
 
 @pytest.mark.parametrize("text", [BOMBS["5,000 ["], '{"dir": 1, "x": 2}', "[]", "3", '{"dir": "\\ud800"}'])
