@@ -3,7 +3,7 @@
 import logging
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -46,6 +46,7 @@ _FREE = {
     "saved_as",
 }  # of a rule's options
 WEIGHTS, RECORD, EXPORTED = "merge.safetensors", "merge.yaml", "export.json"
+_MODULES, _SPARE_MODULES = 100, 20_000  # that the networks of a merge may have for each tensor of its files, and beside
 _SPARE = 2**26  # elements that a merge may make beside eight times what its files hold
 
 
@@ -99,7 +100,7 @@ def open_merge(path: str | Path, *, trust: bool = False) -> MergedModel:
     if not trust:
         raise_all(_foreign(record), "the merge's record")
     raise_all(_elsewhere(record), "the merge's sources")
-    with made_again(folder), nullcontext() if trust else budget(8 * _elements(record) + _SPARE):
+    with made_again(folder), nullcontext() if trust else _budget(record):
         recipe = _recipe(record, trust)
         opened = recipe.open(record["classes"], record["left_out"], record["widths"])
         raise_all(_changed(record, opened.base, opened.experts), "the merge's sources")
@@ -129,10 +130,11 @@ def made_again(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _elements(record: Mapping[str, Any]) -> int:
-    """How many numbers the files of a merge's sources hold."""
+def _budget(record: Mapping[str, Any]) -> AbstractContextManager[None]:
+    """What making a merge may take, by what the files of its sources hold."""
     states = [open_state(pinned(entry)) for entry in record["sources"].values()]
-    return sum(state.meta(name)[0].numel() for state in states for name in state)
+    elements = sum(state.meta(name)[0].numel() for state in states for name in state)
+    return budget(8 * elements + _SPARE, _MODULES * sum(map(len, states)) + _SPARE_MODULES)
 
 
 def _learnables(folder: Path) -> dict[str, Tensor]:

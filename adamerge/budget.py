@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.module import (
     register_module_module_registration_hook,
     register_module_parameter_registration_hook,
@@ -15,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from adamerge.types import InputError
 
 _MODULES = 1_000_000
+_PRODUCTS = {"mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2)}  # with the places of their factors
+_COPIES = {"clone", "_to_copy", "contiguous"}  # of views as well, which take less memory than they have elements
 _MAKERS = {  # functions that make a tensor of a size that is said in numbers, with the place of the size
     **dict.fromkeys(("empty", "empty_strided", "zeros", "ones", "full", "rand", "randn", "empty_permuted"), 0),
     "eye": 2,  # of two axes
@@ -24,20 +27,36 @@ _MAKERS = {  # functions that make a tensor of a size that is said in numbers, w
 
 
 class _Sizes(TorchDispatchMode):
-    """Looks at the size of each tensor that is made from numbers."""
+    """Looks at the size of each tensor that is made from numbers, and of those that outgrow what they are made from."""
 
     def __init__(self, limit: int) -> None:
         super().__init__()
         self._limit = limit
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
-        place = _MAKERS.get(func._schema.name.removeprefix("aten::"))
-        if place is not None and _size(args, place) > self._limit:
-            raise InputError(_refused("one tensor", _size(args, place), self._limit))
+        name = func._schema.name.removeprefix("aten::")
+        place = _MAKERS.get(name)
+        size = _size(name, args, place) if place is not None else _grown(func, name, args)
+        if size > self._limit:
+            raise InputError(_refused("one tensor", size, self._limit))
         return func(*args, **(kwargs or {}))
 
 
-def _size(args: Sequence[Any], place: int) -> float:
+def _grown(func: Any, name: str, args: Sequence[Any]) -> float:
+    """The number of elements of what is broadcast, multiplied or copied; 0 for other functions."""
+    if name in _PRODUCTS:
+        one, other = (args[place] for place in _PRODUCTS[name])
+        return math.prod((*one.shape[:-1], other.shape[-1]))
+    if name not in _COPIES and torch.Tag.pointwise not in func.tags:
+        return 0
+    shapes = [each.shape for each in args if isinstance(each, Tensor)]
+    axes = max(map(len, shapes), default=0)
+    return math.prod(
+        max((shape[-axis] for shape in shapes if axis <= len(shape)), default=1) for axis in range(1, axes + 1)
+    )
+
+
+def _size(name: str, args: Sequence[Any], place: int) -> float:
     """The number of elements that are asked for, at most."""
     numbers = [each for each in args if isinstance(each, (int, float)) and not isinstance(each, bool)]
     sizes = [math.prod(each) for each in args if isinstance(each, (list, tuple)) and all(map(_is_int, each))]
@@ -45,7 +64,8 @@ def _size(args: Sequence[Any], place: int) -> float:
         return max((abs(each) for each in numbers), default=0)
     if place == 2:
         return max(numbers, default=0) ** 2
-    return max(sizes, default=0)
+    repeated = args[0].numel() if name == "repeat" else 1
+    return repeated * max(sizes, default=0)
 
 
 def _is_int(value: Any) -> bool:
@@ -60,8 +80,8 @@ def _refused(what: str, number: float, limit: int) -> str:
 
 
 @contextmanager
-def budget(elements: int) -> Iterator[None]:
-    """In the block, refuse a single tensor, or parameters together, of more elements; and a million of modules.
+def budget(elements: int, modules: int = _MODULES) -> Iterator[None]:
+    """In the block, refuse a single tensor, or parameters together, of more elements; and more modules.
 
     Raises:
         InputError: In the block, before the memory is taken.
@@ -75,8 +95,8 @@ def budget(elements: int) -> Iterator[None]:
 
     def submodule(module: nn.Module, name: str, value: Any) -> None:
         counts["modules"] += 1
-        if counts["modules"] > _MODULES:
-            raise InputError(f"a network of more than {_MODULES:,} modules is asked for: an option is wrong")
+        if counts["modules"] > modules:
+            raise InputError(f"a network of more than {modules:,} modules is asked for: an option is wrong")
 
     hooks = [
         register_module_parameter_registration_hook(parameter),

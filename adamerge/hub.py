@@ -385,7 +385,7 @@ def _weights(found: _Found) -> list[str]:
     index = _download(found, [entry]) / entry
     try:
         shards = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{entry} of '{found.source}' is no index of shards: it needs a 'weight_map' of tensor name to file."
         ) from error

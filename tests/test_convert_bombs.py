@@ -509,3 +509,14 @@ def test_headers_of_safetensors(tmp_path, name):
     for door in (read, values):
         said = bounded(lambda door=door: str(door()))
         assert "is not a whole safetensors file" in said or "cannot be read" in said or "storage type" in said, said
+
+
+def test_numbers_beside_the_weights_may_be_many_in_a_large_file(monkeypatch, tmp_path):
+    monkeypatch.setattr("adamerge.convert.budget._STEPS", 1000)
+    whole = {
+        "state_dict": {"w": torch.ones(2)},
+        "big": torch.ones(200_000),
+        "losses": [float(n) for n in range(50_000)],
+    }
+    torch.save(whole, tmp_path / "b.pt")
+    assert convert(tmp_path / "b.pt", tmp_path / "b.safetensors", key="state_dict").tensors == 1

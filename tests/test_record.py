@@ -1,6 +1,7 @@
 """Records of others: whatever stands in one is read, or refused by one paragraph, in bounded time and memory."""
 
 import copy
+import json
 import os
 import re
 import shutil
@@ -21,6 +22,8 @@ from adamerge.card import model_card
 from adamerge.checkpoints import open_state
 from adamerge.comparison import Ran
 from adamerge.config import data_of, parse
+from adamerge.data import HFDataset
+from adamerge.data.class_names import class_names
 from adamerge.exporting import export
 from adamerge.files import digest
 from adamerge.hub import card_data
@@ -221,6 +224,16 @@ def test_readers_of_a_run_s_other_files_are_not_held_up(run, tmp_path):
     assert card_data(str(tmp_path)) == {}
 
 
+def test_no_pipe_or_endless_file_stands_for_a_file_of_the_data(tmp_path):
+    os.mkfifo(tmp_path / "dataset_dict.json")
+    with pytest.raises(InputError, match="not a file"):
+        HFDataset(str(tmp_path)).classes  # noqa: B018
+    with (tmp_path / "names.txt").open("wb") as file:
+        file.truncate(10**12)  # takes no room on the disk
+    with pytest.raises(InputError, match="larger than 16 MiB"):
+        class_names(str(tmp_path / "names.txt"))
+
+
 @pytest.mark.parametrize("text", [BOMBS["5,000 ["], '{"dir": 1, "x": 2}', "[]", "3", '{"dir": "\\ud800"}'])
 def test_a_done_marker_that_is_none_is_passed_over(text, tmp_path):
     planned = attempts.Planned(attempts.Candidate("x", "x", (), tmp_path), 0)
@@ -294,13 +307,17 @@ HUGE = {
     "a range": lambda: torch.arange(10**12),
     "a square": lambda: torch.eye(10**5),
     "repeated": lambda: torch.zeros(3).repeat(10**10),
+    "a row repeated": lambda: torch.zeros(10**5).repeat(100, 1),
+    "an outer product": lambda: torch.einsum("i,j->ij", torch.arange(10**5).float(), torch.ones(10**5)),
+    "a product": lambda: torch.ones(10**5, 1) @ torch.ones(1, 10**5),
+    "differences": lambda: torch.arange(10**5)[:, None] - torch.arange(10**5)[None, :],
+    "a view written out": lambda: torch.ones(1).expand(10**12).contiguous(),
 }
 
 
 @pytest.mark.parametrize("name", HUGE)
-def test_what_does_not_fit_a_budget_is_refused_before_it_is_made(name, monkeypatch):
-    monkeypatch.setattr("adamerge.budget._MODULES", 10_000)
-    with pytest.raises(InputError, match="is asked for"), budget(10**6):
+def test_what_does_not_fit_a_budget_is_refused_before_it_is_made(name):
+    with pytest.raises(InputError, match="is asked for"), budget(10**6, modules=10_000):
         HUGE[name]()
 
 
@@ -308,6 +325,28 @@ def test_a_budget_lets_pass_what_fits_and_ends_with_its_block():
     with budget(10**6):
         assert nn.Linear(10, 10)(torch.ones(2, 10)).shape == (2, 10)
     assert torch.zeros(10**6 + 1).numel() > 10**6
+
+
+COUNTS = [{"num_hidden_layers": 10**5}, {"num_hidden_layers": 10**9}, {"num_labels": 10**9, "id2label": None}]
+
+
+@pytest.mark.parametrize(
+    "counts", COUNTS, ids=[" ".join(counts) + f" {max(map(str, counts.values()))}" for counts in COUNTS]
+)
+def test_a_model_s_configuration_takes_bounded_time(run, counts, tmp_path):
+    record = yaml.safe_load((run / "merge" / "merge.yaml").read_text())
+    for who, entry in record["sources"].items():
+        home = shutil.copytree(entry["source"], tmp_path / who)
+        told = json.loads((home / "config.json").read_text())
+        (home / "config.json").write_text(json.dumps({**told, **counts}))
+        entry["source"] = str(home)
+    record["backbone"]["init_args"]["model"] = record["sources"]["base"]["source"]
+    merge = shutil.copytree(run / "merge", tmp_path / "merge")
+    (merge / "merge.yaml").write_text(yaml.safe_dump(record, sort_keys=False))
+    start = time.process_time()
+    with pytest.raises(InputError, match=r"modules is asked for|no model has more than"):
+        adamerge.load(merge)
+    assert time.process_time() - start < 20
 
 
 @pytest.mark.parametrize("pattern", ["^(([a-z.])+.)+[A-Z]([a-z])+$", "(x+x+)+y", "(a|a)*$", "(.*)*!", ".*.*.*.*.*.*!"])

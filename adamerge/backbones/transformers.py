@@ -28,6 +28,7 @@ _FREE = re.compile(
     r"drop|init|label|problem_type|token_id|finetuning|checkpointing|vocab_size|projection_dim|use_cache|^output_|^return_"
 )
 ADAPTER = "adapter_config.json"
+_COUNTED, _MOST = re.compile(r"(?i)layer|label|depth|block|stage"), 1_000_000  # what a configuration makes lists of
 _SETTINGS = (".json", ".txt", ".model", ".jinja")  # of architecture, preprocessing and tokenizer
 
 
@@ -104,6 +105,7 @@ class Transformers(Backbone):
                     f"'{source}' has no config.json. Name a folder or hub id that `save_pretrained` has written; for a "
                     "base that is a file alone, name one in `backbone.model`."
                 )
+            _check_counts(read_json(folder / "config.json"), str(folder / "config.json"))
             if not self._remote:
                 refuse_kernels(folder)
             try:
@@ -230,6 +232,23 @@ class Transformers(Backbone):
                 refuse_kernels(folder)
             auto = getattr(transformers, self.auto)
             return auto.from_pretrained(folder, trust_remote_code=self._remote, dtype=torch.float32).eval()
+
+
+def _check_counts(told: Any, source: str) -> None:
+    """Refuse numbers of layers and labels that no model has: transformers makes lists of so many, in no time it says.
+
+    Raises:
+        InputError: There is one.
+    """
+    values = [("", told)]
+    while values:
+        key, value = values.pop()
+        if isinstance(value, (int, float)) and value > _MOST and _COUNTED.search(key):
+            raise InputError(f"{source} has `{key}` {value:,}, and no model has more than {_MOST:,}; mend the file.")
+        if isinstance(value, dict):
+            values += value.items()
+        elif isinstance(value, list):
+            values += ((key, each) for each in value)
 
 
 def _tied_output(net: Any) -> nn.Linear | None:

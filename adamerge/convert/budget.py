@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from adamerge.types import InputError
 
 _STEPS = 5_000_000  # a tensor takes about 35: 140,000 tensors
+_BYTES_OF_A_STEP = 8  # beside weights stand lists of losses or indices, of millions of numbers in large files
 _SPARE = 2**24  # bytes
 
 
@@ -23,7 +24,7 @@ class Budget:
     size: int = 0
 
     def __post_init__(self) -> None:
-        self._steps = _STEPS
+        self._most = self._steps = _STEPS + self.size // _BYTES_OF_A_STEP
         self._limit = self._bytes = 2 * self.size + _SPARE
 
     def step(self, number: int = 1) -> None:
@@ -34,7 +35,7 @@ class Budget:
         """
         self._steps -= number
         if self._steps < 0:
-            self._refuse(f"more than {_STEPS:,} steps to read")
+            self._refuse(f"more than {self._most:,} steps to read")
 
     def copy(self, number: int) -> None:
         """Pay for bytes or letters that are made of others which stand in the file.

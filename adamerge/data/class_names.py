@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from adamerge.reading import read_text
 from adamerge.types import InputError
 
 _PACKAGE = Path(__file__).parent.parent
@@ -20,9 +21,9 @@ def class_names(given: Sequence[str] | str) -> list[str]:
         return list(given)
     file = _found(given)
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"The class names in {file} cannot be read: {error}. Save them as text in UTF-8.") from error
+        lines = read_text(file, encoding="utf-8-sig").splitlines()
+    except InputError as error:
+        raise InputError(f"The class names in {file} cannot be read: {error}") from error
     names = [line.strip() for line in lines if line.strip()]
     if not names:
         raise InputError(f"The file {file} holds no class names; write one on each line, in the order of the labels.")

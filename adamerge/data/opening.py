@@ -1,6 +1,5 @@
 """Where Hugging Face `datasets` finds the splits of a data set."""
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -11,6 +10,7 @@ from typing import Any
 from adamerge.checkpoints import locate
 from adamerge.data.base import MissingSplit
 from adamerge.hub import hub_or_cache
+from adamerge.reading import exists, read_json
 from adamerge.types import InputError
 
 _READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
@@ -105,7 +105,8 @@ class Source:
     def _saved(self) -> list[str]:
         """The splits in a folder of `save_to_disk`; none of other data."""
         index = self._folder / "dataset_dict.json"
-        return list(json.loads(index.read_text())["splits"]) if index.exists() else []
+        told = read_json(index) if exists(index) else {}
+        return list(told.get("splits") or []) if isinstance(told, dict) else []
 
     def _not_here(self) -> str:
         """The end of a message that a data set was not found: that the path names nothing on this machine either."""
