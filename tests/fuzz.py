@@ -35,7 +35,6 @@ from hypothesis.strategies import SearchStrategy
 from adamerge.types import InputError
 
 SECONDS = 10  # that one example may take
-MEMORY = 400 * 2**20  # bytes that it may take beyond what was taken before
 STUCK, START = 60, 600  # seconds after which a process that says nothing is ended; its imports may take longer
 CHUNK = 1000  # examples that hypothesis draws from one seed; it remembers all of these
 
@@ -49,10 +48,12 @@ class Door(NamedTuple):
     Attributes:
         examples: Files to put into the folder, by name, their contents as bytes.
         enter: Goes through the door with the folder that holds them; what it writes goes beside it, into `out`.
+        memory: Bytes that one example may take beyond what was taken before.
     """
 
     examples: SearchStrategy[dict[str, bytes]]
     enter: Callable[[Path, Path], Any]
+    memory: int = 400 * 2**20
 
 
 @dataclass
@@ -118,7 +119,7 @@ def _send(door: Door, files: dict[str, bytes], tally: Tally) -> None:
             path = root / "in" / file
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
-        before, memory, start = _below(root), _fresh_peak(), time.monotonic()
+        before, before_peak, start = _below(root), _fresh_peak(), time.monotonic()
         try:
             with _limited():
                 door.enter(root / "in", root / "out")
@@ -132,8 +133,8 @@ def _send(door: Door, files: dict[str, bytes], tally: Tally) -> None:
         except Exception as error:
             tally.fail(_kind(error), files, " ".join(str(error).split())[:80])
         tally.slowest = max(tally.slowest, time.monotonic() - start)
-        if _peak() - memory > MEMORY:
-            tally.fail(f"more than {MEMORY / 2**20:.0f} MiB", files)
+        if _peak() - before_peak > door.memory:
+            tally.fail(f"more than {door.memory / 2**20:.0f} MiB", files)
         new = sorted(path for path in _below(root) - before if not path.startswith("out"))
         if new:
             tally.fail(f"wrote {new[0]}", files)

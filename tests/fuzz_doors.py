@@ -1,9 +1,11 @@
 """The doors of `tests.fuzz`: what examples are made of, and how each goes in."""
 
+import atexit
 import hashlib
 import io
 import json
 import pickle
+import shutil
 import tempfile
 from collections.abc import Callable
 from functools import cache
@@ -108,9 +110,10 @@ def images_door() -> Door:
     def enter(folder: Path, out: Path) -> None:
         samples = ImageFolder(str(folder)).split("train")
         for index in range(len(samples)):  # type: ignore[arg-type]
-            assert np.asarray(eight_bits(samples[index]["image"]).convert("RGB")).size
+            assert eight_bits(samples[index]["image"]).convert("RGB").getbbox() != ()
 
-    return Door(st.builds(lambda name, content: {f"train/c/{name}": content}, names, contents), enter)
+    files = st.builds(lambda name, content: {f"train/c/{name}": content}, names, contents)
+    return Door(files, enter, memory=800 * 2**20)  # two copies of the largest picture that PIL decodes without a word
 
 
 # --- checkpoints in safetensors
@@ -152,6 +155,7 @@ def _merge() -> dict[str, bytes]:
     import adamerge
 
     folder = Path(tempfile.mkdtemp(prefix="adamerge-fuzz-pool-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     plain = config_of(write_pool(folder))
     plain["run"] = {"baselines": False, "root": str(folder / "runs"), "name": "run"}
     plain["trainer"] |= {"max_steps": 1, "logger": False, "enable_progress_bar": False}

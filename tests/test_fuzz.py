@@ -50,8 +50,7 @@ def slow(folder, out):
 )
 def test_a_broken_promise_is_seen(enter, kind, tmp_path, monkeypatch):
     monkeypatch.setattr("tests.fuzz.SECONDS", 1)
-    monkeypatch.setattr("tests.fuzz.MEMORY", 20 * 2**20)
-    tally = run(Door(st.just({"a": b"x"}), enter), 1, start=0)
+    tally = run(Door(st.just({"a": b"x"}), enter, memory=20 * 2**20), 1, start=0)
     assert list(tally.failures) == [kind]
     assert f"d: 1 × {kind}" in table({"d": tally}, tmp_path)
     assert (tmp_path / "d-0" / "a").read_bytes() == b"x"
