@@ -116,10 +116,10 @@ def revive(value: Any, *, trust: bool, partial: bool = False, kind: type | None 
     """
     if isinstance(value, Mapping) and "class_path" in value:
         cls = _resolve(value["class_path"], trust)
-        if kind is not None and isinstance(cls, type) and not issubclass(cls, kind):
-            raise InputError(f"The merge is built with '{value['class_path']}' where a {kind.__name__} must stand.")
         if not trust:
             raise_all(_code_options(cls, value.get("init_args") or {}), "the merge's record")
+        if kind is not None and isinstance(cls, type) and not issubclass(cls, kind):
+            raise InputError(f"The merge is built with '{value['class_path']}' where a {kind.__name__} must stand.")
         hints = typing.get_type_hints(getattr(cls, "__init__", cls))
         waits = {name for name, hint in hints.items() if _is_importable(hint)}
         arguments = {k: revive(v, trust=trust, partial=k in waits) for k, v in (value.get("init_args") or {}).items()}

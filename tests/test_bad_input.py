@@ -189,7 +189,7 @@ def test_everything_loads_in_a_fresh_process_with_equal_answers(config, tmp_path
 from adamerge.artifact import open_merge
 from safetensors.torch import load_file, save_file
 merge = open_merge({str(run.dir)!r}, trust=True)
-inputs = load_file({str(tmp_path / "in.safetensors")!r})
+inputs = {{t: x.clone() for t, x in load_file({str(tmp_path / "in.safetensors")!r}).items()}}
 for name, model in (("learned", merge), ("folded", merge.folded())):
     save_file({{t: model({{"input": x}}, task=t).detach() for t, x in inputs.items()}}, {str(tmp_path)!r} + "/" + name)
 """

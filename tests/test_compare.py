@@ -151,6 +151,13 @@ def test_ctrl_c_ends_the_runs_and_says_how_to_go_on(files):
 # --- stand-ins for processes
 
 
+NOTHING = {  # the parts of a record that no table looks at
+    **{part: {"class_path": "adamerge.Nothing"} for part in ("backbone", "rule")},
+    **{"transforms": [], "task_modules": [], "space": {}, "vectors": {}, "left_out": {}},
+    "widths": {"features": 0, "blocks": {}},
+}
+
+
 class Standin:
     """Instead of a process: writes what a run leaves behind, or fails."""
 
@@ -174,9 +181,14 @@ class Standin:
         scores = {f"expert {task}": {task: 0.9} for task in TASKS} | {"TIES": dict.fromkeys(TASKS, 0.4)}
         scores = {"base": dict.fromkeys(TASKS, 0.2), **scores} if self.baselines else {}
         record = {
-            **{key: kind() for key, kind in artifact._NEEDED.items()},  # nothing that a table looks at
             **{"format": artifact.FORMAT, "weights": digest(merge / "merge.safetensors")},
-            "sources": {"base": {"sha256": self.sha}},
+            **NOTHING,
+            "sources": {
+                "base": {"source": "base", "sha256": self.sha},
+                **{f"expert {task}": {"source": task, "sha256": "22" * 32} for task in TASKS},
+            },
+            "classes": {task: [] for task in TASKS},
+            "labels": {"task": [*TASKS], "group": []},
             "scores": {**scores, "this merge": dict(zip(TASKS, (value, value, value + 0.03), strict=True))},
             **{"steps": 5 + self.seed, "finished": True, "folds": self.recipe == "LayerWise"},
             "cost": {"seconds": 1.5 + self.seed, "peak_memory": 2_000_000_000 + self.seed, "learnables": 18},
@@ -192,7 +204,7 @@ class Standin:
 @pytest.fixture
 def started(monkeypatch):
     """Runs are stand-ins; which were started, with which seed, and whether they scored the baselines."""
-    Standin.started, Standin.failing, Standin.sha, Standin.version = [], set(), "00", "2.10"
+    Standin.started, Standin.failing, Standin.sha, Standin.version = [], set(), "00" * 32, "2.10"
     monkeypatch.setattr(attempts, "_popen", Standin)
     return Standin.started
 
@@ -314,7 +326,7 @@ def test_one_stem_from_two_folders(files, started):
 
 def test_files_that_changed_between_runs_are_not_in_one_table(files, started):
     compare(files, on=["pool.yaml"], seeds=[0])
-    Standin.sha = "11"
+    Standin.sha = "11" * 32
     with pytest.raises(InputError, match=r"LayerWise, seed 1 and LayerWise, seed 0 .* different files .*: 1 \(base\)"):
         compare(files[:1], on=["pool.yaml"], seeds=[0, 1])
 

@@ -448,8 +448,10 @@ def test_indices_of_shards(tmp_path, kind, content, message):
     folder = tmp_path / "in"
     folder.mkdir()
     (folder / "folder").mkdir()
-    os.mkfifo(folder / "pipe")
-    (folder / "zero").symlink_to("/dev/zero")
+    if content is not None and b"pipe" in content:  # one in the folder is refused, whoever names it
+        os.mkfifo(folder / "pipe")
+    if content is not None and b'"zero' in content:
+        (folder / "zero").symlink_to("/dev/zero")
     (folder / "link").symlink_to(tmp_path / "nothing")
     index = folder / f"model.{kind}.index.json"
     os.mkfifo(index) if content is None else index.write_bytes(content)
@@ -457,8 +459,6 @@ def test_indices_of_shards(tmp_path, kind, content, message):
     doors += [] if kind == "bin" else [lambda: open_state(folder), lambda: open_headers(str(folder))]
     for door in doors:
         said = bounded(lambda door=door: str(door()))
-        if kind == "bin" and content is None:  # a pipe is none of the folder's files
-            message = "holds 0 pickled checkpoints and 0 indices"
         assert re.search(message, said), said
 
 

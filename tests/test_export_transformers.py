@@ -193,7 +193,7 @@ def test_a_wrong_export_is_caught(what, modules, runs, tmp_path, monkeypatch):
 def test_a_crash_in_the_middle_leaves_nothing(runs, tmp_path, monkeypatch):
     run = runs("bert")
     monkeypatch.setattr(module.FolderWriter, "task", lambda *args: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(InputError, match="ZeroDivisionError: division by zero"):
         adamerge.export(run.dir, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

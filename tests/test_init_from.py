@@ -51,7 +51,7 @@ def test_what_was_learned_arrives_stays_and_is_saved(first, second, tmp_path):
 import adamerge
 from safetensors.torch import load_file, save_file
 merge = adamerge.load({str(run.dir)!r}, trust=True)
-inputs = load_file({str(tmp_path / "in.safetensors")!r})
+inputs = {{t: x.clone() for t, x in load_file({str(tmp_path / "in.safetensors")!r}).items()}}
 save_file({{t: merge({{"input": x}}, task=t) for t, x in inputs.items()}}, {str(tmp_path / "out.safetensors")!r})
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

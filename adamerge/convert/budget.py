@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from adamerge.types import InputError
 
-_STEPS = 5_000_000  # a tensor takes about 35: 140,000 tensors
+_STEPS = 4_000_000  # a tensor takes about 35: 110,000 tensors
 _BYTES_OF_A_STEP = 8  # beside weights stand lists of losses or indices, of millions of numbers in large files
 _SPARE = 2**24  # bytes
 
