@@ -137,6 +137,7 @@ def test_fit_says_the_plan_first_and_the_table_last(adamerge_command, config, tm
     assert list((tmp_path / "runs" / "mine").iterdir())
 
 
+@pytest.mark.slow
 def test_two_processes_of_the_console_script(config, tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(config()))

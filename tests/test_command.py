@@ -179,6 +179,7 @@ def test_a_signal_loses_nothing(write, tmp_path, number, status, ranks):
         assert torch.equal(rest.learned.rule.raw_TG, straight.learned.rule.raw_TG)
 
 
+@pytest.mark.slow
 def test_the_same_bits_under_any_hash_seed(write, tmp_path):
     transforms = [{"class_path": f"adamerge.transforms.{name}"} for name in ("Trim", "ElectSign")]
     path = write(model={"transforms": transforms})

@@ -55,6 +55,7 @@ def page(folder="runs/compare"):
 # --- real processes
 
 
+@pytest.mark.slow
 def test_the_table_holds_the_runs_numbers_and_only_what_is_missing_runs(files, tmp_path):
     """Four processes: two recipes with two seeds, of which one fails first and is made up for later."""
     killed = tmp_path / "mine.py"
@@ -122,6 +123,7 @@ def scored(weights):
     return read_record(weights.parent)[1]["scores"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_runs_and_says_how_to_go_on(files):
     """Two processes: the comparison and its first run."""
     command = "import sys; from adamerge.cli import main; sys.exit(main())"

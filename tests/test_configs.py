@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -80,15 +81,17 @@ def test_configuration_runs(path, tmp_path):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Every recipe of the zoo, trained for two steps; by name."""
+    """The recipes of the zoo by name, each trained for two steps when it is first asked for."""
     home = tmp_path_factory.mktemp("recipes")
     few = {"data.eval_batch_size": 50, "trainer.limit_val_batches": 2}
-    return {path.stem: run(path, home, **few) for path in RECIPES}
+    paths = {path.stem: path for path in RECIPES}
+    return cache(lambda name: run(paths[name], home, **few))
 
 
+@pytest.mark.slow_unless("zoo_distilled_layer_wise", "zoo_surgery_v2", "zoo_concrete_task_arithmetic")
 @pytest.mark.parametrize("name", [path.stem for path in RECIPES])
 def test_a_recipe_learns_every_part_and_exports_to_the_same_outputs(name, trained, tmp_path):
-    done = trained[name]
+    done = trained(name)
     _, record = read_record(done.dir)
     assert done.dir.parent.name == name
     assert moved(done)
@@ -98,6 +101,7 @@ def test_a_recipe_learns_every_part_and_exports_to_the_same_outputs(name, traine
     assert (tmp_path / "merged" / "task_modules.safetensors").exists() == (not record["folds"])
 
 
+@pytest.mark.slow
 def test_a_fresh_process_scores_all_recipes_as_their_runs_did(trained):
     code = """
         import json, sys, torch, adamerge
@@ -113,10 +117,11 @@ def test_a_fresh_process_scores_all_recipes_as_their_runs_did(trained):
             found[name] = evaluate(merge, batches, data.num_classes, torch.device("cpu"))
         print(json.dumps(found))
     """
-    runs = json.dumps({name: str(done.dir) for name, done in trained.items()})
+    done = {path.stem: trained(path.stem) for path in RECIPES}
+    runs = json.dumps({name: str(run.dir) for name, run in done.items()})
     fresh = [sys.executable, "-c", textwrap.dedent(code), runs]
     found = json.loads(subprocess.run(fresh, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
-    assert found == {name: done.scores["this merge"] for name, done in trained.items()}
+    assert found == {name: run.scores["this merge"] for name, run in done.items()}
 
 
 # --- the recipes of the papers
@@ -261,6 +266,7 @@ def test_one_that_stands_on_nothing_says_how_to_stack_it():
 # --- learning
 
 
+@pytest.mark.slow
 def test_supervised_beats_task_arithmetic_by_five_points_over_three_seeds(tmp_path):
     """Training really learns: on the digits, from labels of the unlabeled split, scored on the test split."""
     files = [CONFIGS / "digits.yaml", CONFIGS / "digits_supervised.yaml"]

@@ -238,6 +238,7 @@ def test_local_sources_are_pushed_by_name_with_a_warning(hub, pool, tmp_path, ca
     assert same(answers(adamerge.load(run.dir)), answers(run.merge))
 
 
+@pytest.mark.slow
 def test_an_export_is_loaded_from_the_hub_by_its_library(hub, online, tmp_path, capsys):
     run = learned(tmp_path / "runs")
     adamerge.export(run.dir, tmp_path / "out")

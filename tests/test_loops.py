@@ -139,6 +139,7 @@ def test_one_task_in_turn_is_the_joint_step(config, pool, steps):
     assert_equal(run(PerTask(micro_batch=3)), run(Joint(micro_batch=3)))
 
 
+@pytest.mark.slow_unless("2-shuffled")
 @pytest.mark.parametrize("options", [{}, {"task_order": "shuffled", "steps_per_batch": 2}], ids=["fixed", "shuffled"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_tasks_in_turn_resume_as_the_straight_run(config, options, accumulate):
@@ -396,6 +397,7 @@ def test_the_advice_about_two_levels_helps():
         Bilevel(inner="(")
 
 
+@pytest.mark.slow_unless("False-between", "True-in the coefficients'")
 @pytest.mark.parametrize("stop", [2, 6, 8], ids=["in the mask's phase", "between", "in the coefficients'"])
 @pytest.mark.parametrize("second_order", [False, True])
 def test_phases_resume_as_the_straight_run(config, stop, second_order):
@@ -501,6 +503,7 @@ def two_ranks(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow_unless("in turn", "two levels", "min norm", "micro-batches")
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.filterwarnings("ignore")
 def test_two_ranks_take_the_steps_of_one(two_ranks, case):

@@ -193,6 +193,7 @@ def check_heads(run, paths, prefix):
             assert 1e-4 < change < 1e-2  # two steps of Adam at 1e-3
 
 
+@pytest.mark.slow_unless("resnet-yaml", "vit-python")
 @pytest.mark.parametrize("how", [in_python, from_text], ids=["python", "yaml"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks_of_other_libraries(name, how, files, tmp_path):
@@ -551,6 +552,7 @@ def trained(paths, kind, root, *, objectives=None, buffers="base", more=None):
     return adamerge.train(recipe, tasks, trainer=QUIET, run={"root": str(root), "baselines": False})
 
 
+@pytest.mark.slow_unless("bert", "t5")
 @pytest.mark.parametrize("kind", FILES)
 def test_the_export_has_as_many_parameters_as_the_base(kind, folders, tmp_path):
     paths, auto = folders(kind), getattr(transformers, FILES[kind][1])

@@ -241,6 +241,7 @@ def mean_gradient_and_value(rank, world, folder):
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_diversity_of_two_ranks_is_that_of_one_with_all_samples(tmp_path):
     mean_gradient_and_value(0, 1, tmp_path)
     mp.spawn(mean_gradient_and_value, (2, tmp_path), nprocs=2)

@@ -307,6 +307,7 @@ def test_what_cannot_be_is_one_clear_error_before_any_work(phased, tmp_path, mod
 # --- two ranks
 
 
+@pytest.mark.slow
 def test_two_ranks_learn_in_phases_what_one_learns(phased, tmp_path):
     """What experts say is kept by one and read by both; half the batch on each."""
     import yaml

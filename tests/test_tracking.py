@@ -381,6 +381,7 @@ def test_training_with_csv_alone_does_not_import_wandb(config, tmp_path):
     subprocess.run([sys.executable, "-c", code, tmp_path / "config.yaml"], check=True, env=environment)
 
 
+@pytest.mark.slow
 def test_two_ranks_at_a_terminal_ask_nothing_and_only_the_first_writes(config, tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config(trainer={"devices": 2})))
     ours, theirs = pty.openpty()

@@ -162,6 +162,7 @@ def test_resume_draws_what_the_straight_run_draws(config):
     assert_equal(learned(straight), learned(rest))
 
 
+@pytest.mark.slow_unless("4-2-0", "5-1-2")
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(("steps", "accumulate"), [(5, 1), (4, 2)])
 def test_resume_is_the_straight_run_bit_for_bit(config, workers, steps, accumulate):
@@ -509,6 +510,7 @@ def test_adam_is_fused_where_nothing_is_clipped(config):
     assert adam([torch.nn.Parameter(torch.ones(1))], guided=True).defaults["fused"] is None
 
 
+@pytest.mark.slow
 def test_lightnings_own_switches_work(config):
     fast = adamerge.train(config(trainer={"fast_dev_run": 2}))
     assert set(fast.scores) == {"this merge"}

@@ -97,6 +97,10 @@ def answers(merge, name):
     return found
 
 
+@pytest.mark.slow_unless(
+    *("vit-full-leaf", "clip-full-leaf", "bert-sharded-leaf"),
+    *("tokens-full-swap", "sentences-prefixed-leaf", "t5-full-leaf"),
+)
 @pytest.mark.parametrize("mode", ["leaf", "swap"])
 @pytest.mark.parametrize("layout", ["full", "sharded", "prefixed"])
 @pytest.mark.parametrize("name", MATRIX)
@@ -112,6 +116,7 @@ def test_it_trains_saves_loads_exports_and_loads_again(name, layout, mode, pools
     assert adamerge.export(run.dir, tmp_path / "out").difference < 1e-5
 
 
+@pytest.mark.slow_unless("roberta", "resnet", "gpt2")
 @pytest.mark.parametrize("name", [name for name in KINDS if name not in MATRIX])
 def test_other_architectures_too(name, pools, tmp_path):
     run = train(pools(name), name, tmp_path / "runs")

@@ -101,6 +101,7 @@ def test_another_vocabulary_is_named_before_anything_is_made(name, kind, pool, t
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow_unless("base-more-bert", "exclude-fewer-bert", "base-others-t5", "exclude-padded-t5")
 @pytest.mark.parametrize("kind", AUTOS)
 @pytest.mark.parametrize("name", CHANGES)
 @pytest.mark.parametrize("policy", ["base", "exclude"])
@@ -153,6 +154,7 @@ def test_the_expert_teaches_what_it_says_itself(policy, name, pool, tmp_path):
     torch.testing.assert_close(said, net(**tokens).logits.detach())
 
 
+@pytest.mark.slow_unless("base-more-bert", "exclude-others-t5")
 @pytest.mark.parametrize("kind", AUTOS)
 @pytest.mark.parametrize("name", CHANGES)
 @pytest.mark.parametrize("policy", ["base", "exclude"])

@@ -233,6 +233,7 @@ def test_the_learned_merge_answers_for_raw_images(demo):
     assert merge.classes("scans")[3] == "the digit three"
 
 
+@pytest.mark.slow
 def test_two_ranks_learn_what_one_learns(tmp_path):
     options = {"trainer.max_steps": 5, "run.baselines": False, "data.eval_split": None, "run.root": str(tmp_path)}
     one = adamerge.train(ROOT / "configs" / "demo.yaml", **options).learned.rule.raw_TG
