@@ -34,7 +34,7 @@ from hypothesis.strategies import SearchStrategy
 
 from adamerge.types import InputError
 
-SECONDS = 10  # that one example may take
+SECONDS = 30  # that one example may take; a picture of 80 million pixels takes one or two on a quiet machine
 STUCK, START = 60, 600  # seconds after which a process that says nothing is ended; its imports may take longer
 CHUNK = 1000  # examples that hypothesis draws from one seed; it remembers all of these
 
