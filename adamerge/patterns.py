@@ -1,6 +1,5 @@
 """Regular expressions that others may have written: they are searched for in bounded time."""
 
-import math
 import re
 import time
 
@@ -8,8 +7,9 @@ import regex  # type: ignore[import-untyped]  # as the standard library's `re`, 
 
 from adamerge.types import InputError
 
+_SET = re.compile(r"\[\^?\]?(?:[^\]\\]|\\.)*\]", re.DOTALL)
 _BOUNDS, _BRACES = re.compile(r"\{(\d+)?,?(\d+)?\}"), re.compile(r"(?<!\\)\{(?!\d*,?\d*\})")
-_REPEATS = 10_000  # all bounds of {3,10} multiplied: the compiler writes repeated parts out
+_REPEATS = 10_000  # letters beyond the pattern's own: the compiler writes repeated parts out
 SECONDS = 5.0  # for all names together that a pattern is searched in; a network's take milliseconds
 
 
@@ -26,15 +26,11 @@ class Pattern:
 
     def __init__(self, pattern: str, option: str) -> None:
         self._pattern, self._option, self._left = pattern, option, SECONDS
-        counts = [int(count[:9]) for bounds in _BOUNDS.findall(pattern) for count in bounds if count]
-        if _BRACES.search(pattern) or math.prod(max(1, count) for count in counts) > _REPEATS:
-            raise InputError(
-                f"`{option}` is '{pattern[:200]}', which repeats parts too often, or has a brace without a count; use "
-                "* or + for the first, and a backslash before the second."
-            )
+        if _written_out(pattern) > len(pattern) + _REPEATS:
+            raise InputError(f"`{option}` is '{pattern[:200]}', which repeats parts too often; use * or + there.")
         try:
-            re.compile(pattern)  # whose language it is: regex has recursion and more
-            self._compiled = regex.compile(pattern, regex.VERSION0)
+            re.compile(pattern)  # whose language it is: regex has recursion and more, and braces that are no counts
+            self._compiled = regex.compile(_BRACES.sub(r"\\{", pattern), regex.VERSION0)
         except (re.error, regex.error, RecursionError, OverflowError, MemoryError, ValueError) as error:
             raise InputError(f"`{option}` is no regular expression: '{pattern[:200]}' ({error}).") from error
 
@@ -62,3 +58,27 @@ class Pattern:
             ) from error
         finally:
             self._left -= time.perf_counter() - start
+
+
+def _written_out(pattern: str) -> int:
+    """The letters and sets of a pattern whose counted parts are written as often as they may stand there."""
+    sizes, atom, place = [0], 0, 0  # of the open groups so far; of what stands before a count
+    while place < len(pattern):
+        counts = _BOUNDS.match(pattern, place)
+        if counts and atom:
+            sizes[-1] += atom * (max(int(count[:9]) for count in counts.groups("1")) - 1)
+            place, atom = counts.end(), 0
+            continue
+        letter = pattern[place]
+        if letter == "(":
+            sizes.append(0)
+            atom = 0
+        elif letter == ")" and len(sizes) > 1:
+            atom = max(1, sizes.pop())
+            sizes[-1] += atom
+        else:
+            atom = 1
+            sizes[-1] += 1
+        end = _SET.match(pattern, place)
+        place = end.end() if end else place + (2 if letter == "\\" else 1)
+    return sum(sizes)
