@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import random
 import resource
-import shutil
 import signal
 import sys
 import tempfile
@@ -272,7 +271,6 @@ def main(argv: list[str] | None = None) -> int:
     sys.stdout.write(f"Seed {options.seed}\n")
     sys.stdout.flush()
     tallies = {name: watched(name, options.examples, options.seed) for name in options.door or DOORS}
-    shutil.rmtree(options.keep, ignore_errors=True)
     sys.stdout.write(table(tallies, options.keep) + "\n")
     return int(any(tally.failures for tally in tallies.values()))
 
