@@ -204,7 +204,7 @@ def data_of(config: Path, *, trust: bool = False) -> UnlabeledTasks:
         return parser.instantiate(parser.parse_object({"data": section})).data
     except InputError:
         raise
-    except (ArgumentError, ValueError) as error:
+    except Exception as error:  # arguments of any type
         raise InputError(f"The data of {config} cannot be made again: {_short(error)}") from error
 
 

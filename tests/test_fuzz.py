@@ -10,8 +10,10 @@ from adamerge.types import InputError
 from tests.fuzz import SECONDS, Door, Tally, main, run, table
 from tests.fuzz_doors import DOORS
 
+NUMBERS = {"load": 300, "convert": 400, "images": 300, "index": 300, "evaluate": 200, "config": 30}
 
-@pytest.mark.parametrize(("name", "number"), [("convert", 400), ("images", 300), ("index", 300), ("config", 30)])
+
+@pytest.mark.parametrize(("name", "number"), NUMBERS.items())
 def test_a_door_keeps_its_promise(name, number, tmp_path, monkeypatch):
     monkeypatch.setenv("ADAMERGE_CACHE", str(tmp_path / "cache"))
     tally = run(DOORS[name](), number, start=0)

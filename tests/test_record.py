@@ -360,7 +360,21 @@ def test_a_pattern_takes_bounded_time(pattern, monkeypatch):
     assert time.process_time() - start < 5
 
 
-@pytest.mark.parametrize("pattern", ["(", "(?R)", "a{1000}{1000}", "((a{999}){999}){999}", "a{e<=2}", "(" * 5000])
+@pytest.mark.parametrize("pattern", ["(", "(?R)", "a{1000}{1000}", "((a{999}){999}){999}", "(" * 5000])
 def test_what_is_no_pattern_of_pythons_is_refused(pattern):
     with pytest.raises(InputError, match=r"`space\.skip` is"):
         Pattern(pattern, "space.skip")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name"),
+    [
+        *(("a{x}", "a{x}"), ("a{e<=2}", "a{e<=2}"), (r"a\{3\}", "a{3}"), ("[{]{2}", "{{"), ("[^]]{3}", "abc")),
+        ("[0-9a-f]{64}.{0,200}", "0" * 64),
+        ("|".join(f"model.layers.{layer}.mlp.weight" for layer in range(2000)), "model.layers.1999.mlp.weight"),
+    ],
+    ids=range(7),
+)
+def test_a_pattern_of_pythons_means_what_it_means_there(pattern, name):
+    assert re.search(pattern, name)
+    assert Pattern(pattern, "space.skip").search(name)
