@@ -25,9 +25,9 @@ test-all: $(VENV)/.installed
 coverage: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --cov=adamerge --cov-report=term $(ARGS)
 
-# The whole suite on the oldest set of torch, lightning and transformers that is supported; pyproject.toml names them.
+# What `make test` runs, on the oldest set of torch, lightning and transformers that is supported; pyproject.toml names them.
 test-lowest: $(LOWEST)/.installed
-	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
 $(LOWEST)/.installed: pyproject.toml
 	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
