@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from adamerge.demo.digits import CLASSES, NOISE, TASKS, WIDTH, DigitNet, samples
+from adamerge.demo.heads import fit_head
 from adamerge.demo.shipped import rounded, save_half
 from adamerge.seeding import seed_of
 from adamerge.terminal import progress_console
@@ -65,20 +66,12 @@ def expert(task: str, base: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _fitted_head(net: DigitNet, task: str) -> nn.Linear:
-    """A linear head on the frozen features, full-batch."""
+    """Return a linear head fitted on the network's features."""
     image, label = samples(task, "train")
     with torch.no_grad():
         features = net(image)
     head = nn.Linear(WIDTH, len(CLASSES[task]))
-    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=50, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        value = F.cross_entropy(head(features), label) + 1e-3 * head.weight.square().sum()
-        value.backward()
-        return value
-
-    optimizer.step(loss)
+    fit_head(head, features, label, decay=1e-3)
     return head
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
 from adamerge.demo.corpus import CLASSES, samples
+from adamerge.demo.heads import fit_head
 from adamerge.demo.shipped import save_half
 from adamerge.seeding import seed_of
 from adamerge.terminal import progress_console
@@ -144,7 +145,7 @@ def _fine_tune(model: Any, tokenizer: Any, task: str) -> None:
     with torch.no_grad():
         batches = torch.arange(len(ids)).split(100)
         pooled = torch.cat([model.bert(**_padded([ids[i] for i in batch.tolist()])).pooler_output for batch in batches])
-    _fit(model.classifier, pooled, label)
+    fit_head(model.classifier, pooled, label, decay=1e-2)
     model.classifier.requires_grad_(False)
 
     def loss(batch: list[int]) -> Tensor:
@@ -155,19 +156,6 @@ def _fine_tune(model: Any, tokenizer: Any, task: str) -> None:
         return F.cross_entropy(model(**inputs).logits, label[batch])
 
     _train(model, list(map(len, ids)), loss, batch_size=32, epochs=EPOCHS[task], lr=4e-4)
-
-
-def _fit(head: nn.Linear, features: Tensor, label: Tensor) -> None:
-    """A linear head on frozen features, full-batch."""
-    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=50, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        value = F.cross_entropy(head(features), label) + 1e-2 * head.weight.square().sum()
-        value.backward()
-        return value
-
-    optimizer.step(loss)
 
 
 def _padded(sequences: list[list[int]]) -> dict[str, Tensor]:
