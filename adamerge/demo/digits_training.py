@@ -17,7 +17,7 @@ from adamerge.demo.shipped import rounded, save_half
 from adamerge.seeding import seed_of
 from adamerge.terminal import progress_console
 
-SEED = 2  # of 0 to 4 the one whose average and task arithmetic are as far below the experts as in the first pool
+SEED = 2  # of 0 to 4, its average and task arithmetic are nearest to those of the first pool
 
 
 def train(folder: Path) -> None:
@@ -42,7 +42,7 @@ def collect_scans(folder: Path) -> None:
 
 
 def pretrained() -> dict[str, Tensor]:
-    """Train the base; its weights as they are shipped."""
+    """Train the base, and return its weights as they are shipped."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of("digits", "base", SEED))
         net = DigitNet()
@@ -54,7 +54,7 @@ def pretrained() -> dict[str, Tensor]:
 
 
 def expert(task: str, base: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Fine-tune one expert, head included; its weights as they are shipped."""
+    """Fine-tune one expert, head included, and return its weights as they are shipped."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of("digits", task, SEED))
         net = DigitNet()
@@ -65,7 +65,7 @@ def expert(task: str, base: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _fitted_head(net: DigitNet, task: str) -> nn.Linear:
-    """A linear head on the frozen features, full-batch."""
+    """Train a linear head on the frozen features, full-batch."""
     image, label = samples(task, "train")
     with torch.no_grad():
         features = net(image)

@@ -90,7 +90,7 @@ def rounded(model: Any) -> Any:
 
 @contextmanager
 def _seeded(name: str) -> Iterator[None]:
-    """In the block, draw from a seed of the model's own."""
+    """Draw, in the block, random numbers from a seed of the model's own."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of("texts", "model", name))
         yield
@@ -158,7 +158,7 @@ def _fine_tune(model: Any, tokenizer: Any, task: str) -> None:
 
 
 def _fit(head: nn.Linear, features: Tensor, label: Tensor) -> None:
-    """A linear head on frozen features, full-batch."""
+    """Train a linear head on frozen features, full-batch."""
     optimizer = torch.optim.LBFGS(head.parameters(), max_iter=50, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
@@ -203,7 +203,7 @@ def _train(
 
 
 def _batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    """All places in random batches of texts of about one length, so that little is padded."""
+    """Yield all indices in random batches of texts of about one length, so that little is padded."""
     pools = torch.randperm(len(lengths)).split(8 * size)
     by_length = [torch.tensor(sorted(pool.tolist(), key=lengths.__getitem__)) for pool in pools]
     batches = [batch.tolist() for pool in by_length for batch in pool.split(size)]
