@@ -46,8 +46,8 @@ _FREE = {
     "saved_as",
 }  # of a rule's options
 WEIGHTS, RECORD, EXPORTED = "merge.safetensors", "merge.yaml", "export.json"
-_MODULES, _SPARE_MODULES = 100, 20_000  # that the networks of a merge may have for each tensor of its files, and beside
-_SPARE = 2**26  # elements that a merge may make beside eight times what its files hold
+_MODULES, _SPARE_MODULES = 100, 20_000  # of the networks: for each tensor of the files, and in addition
+_SPARE = 2**26  # elements of a merge, in addition to eight times those of its files
 
 
 def save(folder: Path, model: MergedModel, record: Mapping[str, Any]) -> None:
@@ -112,7 +112,7 @@ def open_merge(path: str | Path, *, trust: bool = False) -> MergedModel:
 
 @contextmanager
 def made_again(folder: Path) -> Iterator[None]:
-    """In the block a merge is made from its record: whatever is raised there, the record or a source is wrong.
+    """Turn every exception of a block that makes a merge from its record into one that names the record.
 
     Raises:
         InputError: For every exception in the block.
@@ -131,7 +131,7 @@ def made_again(folder: Path) -> Iterator[None]:
 
 
 def _budget(record: Mapping[str, Any]) -> AbstractContextManager[None]:
-    """What making a merge may take, by what the files of its sources hold."""
+    """Return a budget of elements and modules for making a merge, in proportion to the files of its sources."""
     states = [open_state(pinned(entry)) for entry in record["sources"].values()]
     elements = sum(state.meta(name)[0].numel() for state in states for name in state)
     return budget(8 * elements + _SPARE, _MODULES * sum(map(len, states)) + _SPARE_MODULES)
@@ -218,7 +218,7 @@ def read_record(path: str | Path) -> tuple[Path, dict[str, Any]]:
     try:
         if digest(folder / WEIGHTS) != record["weights"]:
             raise InputError(f"{folder / WEIGHTS} is not the file that {RECORD} was written with; copy both again.")
-        safe_open(folder / WEIGHTS, framework="pt")  # looks at its header, and whether it is whole
+        safe_open(folder / WEIGHTS, framework="pt")  # checks the header, and that the file is whole
     except (SafetensorError, OSError) as error:
         raise InputError(f"{folder / WEIGHTS} is damaged ({error}); copy it again.") from error
     return folder, record
@@ -252,7 +252,7 @@ def pinned(entry: Mapping[str, Any]) -> str:
 
 
 def _unpinned(sources: Mapping[str, Any]) -> Iterator[str]:
-    """What is said of sources whose code would run, but whichever a branch of the hub has by now."""
+    """Yield a problem for each source whose code would run although no commit is named: a branch can change."""
     for who, source in sources.items():
         hub = hub_id(str(source or ""))
         if hub is not None and not hub.is_pinned:
@@ -289,7 +289,7 @@ def portable(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_local(source: str) -> bool:
-    """Whether a text of a record is a path of the machine that wrote it: there, they are absolute."""
+    """Tell whether a text of a record is a path of the machine that wrote it; such paths are absolute."""
     path = source.removeprefix("local-dir:")
     absolute = path.startswith(("/", "~")) or re.match(r"[A-Za-z]:[\\/]", path)
     return bool(absolute) and not re.search(r"[{}\n]", path) and bool(_last(path))
@@ -333,7 +333,7 @@ def _changed(record: Mapping[str, Any], base: Any, experts: Mapping[str, Any]) -
 
 
 def versions() -> dict[str, str]:
-    """Of adamerge and the libraries that its numbers come from."""
+    """Return the versions of adamerge and of the libraries that its numbers come from."""
     found = {}
     for name in ("adamerge", "torch", "lightning", "transformers", "open_clip_torch", "safetensors"):
         try:

@@ -70,14 +70,14 @@ class Planned:
         return folder
 
     def command(self, folder: Path, baselines: bool) -> list[str]:
-        """How the run is started; the comparison's own options are the last, so that they win."""
+        """Return the command that starts the run; the comparison's own options come last, so that they win."""
         own = {"seed_everything": self.seed, "run.dir": folder, "run.baselines": str(baselines).lower()}
         own |= {"trainer.enable_progress_bar": "false"}
         options = (f"--{key}={value}" for key, value in own.items())
         return [sys.executable, "-m", "adamerge.fit", *self.candidate.options, *options]
 
     def done(self) -> Ran | None:
-        """What the done-marker holds; None without one, or with a damaged one."""
+        """Return the content of the done-marker; None without one, or with a damaged one."""
         try:
             return Ran(**read_json(self.marker)) if self.marker.exists() else None
         except (OSError, ValueError, TypeError) as error:  # an InputError is a ValueError

@@ -67,7 +67,7 @@ def _first(output: Any) -> Any:
 
 
 def with_tokens(output: Any, tokens: Tensor) -> Any:
-    """What a block has put out, with other tokens in it."""
+    """Return the output of a block with other tokens in it."""
     if isinstance(output, Tensor):
         return tokens
     if hasattr(output, "_fields"):  # a named tuple

@@ -1,4 +1,4 @@
-"""What a stranger's options may take of memory: beyond a budget, tensors are refused before they are made."""
+"""A limit on the memory that a stranger's options may take: larger tensors are refused before they are made."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -17,8 +17,8 @@ from adamerge.types import InputError
 
 _MODULES = 1_000_000
 _PRODUCTS = {"mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2)}  # with the places of their factors
-_COPIES = {"clone", "_to_copy", "contiguous"}  # of views as well, which take less memory than they have elements
-_MAKERS = {  # functions that make a tensor of a size that is said in numbers, with the place of the size
+_COPIES = {"clone", "_to_copy", "contiguous"}  # also of views, whose memory is smaller than their number of elements
+_MAKERS = {  # functions that make a tensor of a size given in numbers, with the place of the size
     **dict.fromkeys(("empty", "empty_strided", "zeros", "ones", "full", "rand", "randn", "empty_permuted"), 0),
     "eye": 2,  # of two axes
     **dict.fromkeys(("arange", "linspace", "logspace", "randperm"), -1),  # of one axis, by its numbers
@@ -27,7 +27,7 @@ _MAKERS = {  # functions that make a tensor of a size that is said in numbers, w
 
 
 class _Sizes(TorchDispatchMode):
-    """Looks at the size of each tensor that is made from numbers, and of those that outgrow what they are made from."""
+    """Checks the size of each tensor that is made from numbers, or that can be larger than its inputs."""
 
     def __init__(self, limit: int) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class _Sizes(TorchDispatchMode):
 
 
 def _grown(func: Any, name: str, args: Sequence[Any]) -> float:
-    """The number of elements of what is broadcast, multiplied or copied; 0 for other functions."""
+    """Return the number of elements of a broadcast, a product or a copy; 0 for other functions."""
     if name in _PRODUCTS:
         one, other = (args[place] for place in _PRODUCTS[name])
         return math.prod((*one.shape[:-1], other.shape[-1]))
@@ -57,7 +57,7 @@ def _grown(func: Any, name: str, args: Sequence[Any]) -> float:
 
 
 def _size(name: str, args: Sequence[Any], place: int) -> float:
-    """The number of elements that are asked for, at most."""
+    """Return the largest number of elements that the arguments can ask for."""
     numbers = [each for each in args if isinstance(each, (int, float)) and not isinstance(each, bool)]
     sizes = [math.prod(each) for each in args if isinstance(each, (list, tuple)) and all(map(_is_int, each))]
     if place < 0:
@@ -81,7 +81,7 @@ def _refused(what: str, number: float, limit: int) -> str:
 
 @contextmanager
 def budget(elements: int, modules: int = _MODULES) -> Iterator[None]:
-    """In the block, refuse a single tensor, or parameters together, of more elements; and more modules.
+    """Refuse, in the block, any tensor or sum of parameters of more elements than this, and more modules than this.
 
     Raises:
         InputError: In the block, before the memory is taken.

@@ -309,7 +309,7 @@ def _options(part: Any) -> Mapping[str, Any]:
 
 
 def _is_path(text: str) -> bool:
-    """Whether a text names a place on a machine."""
+    """Tell whether a text names a place on a machine."""
     return text.startswith(("/", "~", ".", "\\", "file:", "local-dir:")) or bool(re.match(r"[A-Za-z]:[\\/]", text))
 
 

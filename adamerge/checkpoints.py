@@ -127,7 +127,7 @@ class _Safetensors(State):
 
 
 class Headers(State):
-    """What a checkpoint on the hub holds, by its files' headers alone."""
+    """A checkpoint on the hub, known by the headers of its files alone."""
 
     has_values = False
 
@@ -295,7 +295,7 @@ def _files_of(folder: Path) -> tuple[Path, ...]:
 
 
 def shards_of(index: Path) -> tuple[Path, ...]:
-    """The files that an index of shards names, all of them in its folder.
+    """Return the files that an index of shards names, all of them in its folder.
 
     Raises:
         InputError: No index, or one that names what is missing, outside its folder, or no file.

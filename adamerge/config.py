@@ -241,7 +241,7 @@ def _refuse_foreign(section: Mapping[str, Any]) -> None:
 
 
 def _is_spelled_out(data: Any) -> bool:
-    """Whether a task's data are a class and its arguments, by names of their own, and nothing else."""
+    """Tell whether a task's data are spelled out as `class_path` and `init_args`, and nothing else."""
     if not isinstance(data, dict) or not set(data) <= {"class_path", "init_args"}:
         return False
     return isinstance(data.get("class_path"), str) and isinstance(data.get("init_args", {}), dict)

@@ -52,7 +52,7 @@ _FILES = (
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export gives back.
+    """The result of an export.
 
     Attributes:
         dir: The folder.

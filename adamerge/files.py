@@ -24,7 +24,7 @@ log = logging.getLogger("adamerge")
 
 
 def cache_dir() -> Path:
-    """Where built demos, hashes and memory-mapped vectors are kept: `$ADAMERGE_CACHE`, else the user's cache folder."""
+    """Return the folder of demos, hashes and memory-mapped vectors: `$ADAMERGE_CACHE`, else the user's cache folder."""
     return Path(os.environ.get("ADAMERGE_CACHE") or platformdirs.user_cache_dir("adamerge")).expanduser()
 
 

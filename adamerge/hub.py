@@ -48,7 +48,7 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, err
 
 
 def reachable(site: SplitResult, seconds: float = 3) -> bool:
-    """Whether a connection can be made, to the site or to the proxy on the way there; known after `seconds`."""
+    """Tell within `seconds` whether a connection can be made, to the site or to the proxy on the way there."""
     host = site.hostname or ""
     proxy = None if proxy_bypass(host) else getproxies().get(site.scheme)
     target = site if proxy is None else urlsplit(proxy if "//" in proxy else f"//{proxy}")
@@ -133,12 +133,12 @@ class HubId:
 
     @property
     def is_pinned(self) -> bool:
-        """Whether it stands for one commit, now and later."""
+        """True where it stands for one commit, now and later."""
         return self.revision is not None and _COMMIT.fullmatch(self.revision) is not None
 
 
 def hub_id(source: str) -> HubId | None:
-    """What `org/name`, `name`, either with `@revision`, or `hf-hub:` before them, means; None for anything else.
+    """Parse `org/name` or `name`, either with `@revision` behind or `hf-hub:` before it; None for anything else.
 
     Without `hf-hub:`, what exists as a path or ends like a file is local.
     """
@@ -373,7 +373,7 @@ def _is_small(name: str) -> bool:
 
 
 def _is_ours(name: str) -> bool:
-    """Whether an earlier push has written a file that would mislead if it stayed."""
+    """Tell whether an earlier push has written a file that would mislead if it stayed."""
     return name.startswith("tasks/") or ("/" not in name and name.endswith((".safetensors", _SHARDS)))
 
 
@@ -447,7 +447,7 @@ def _header(found: _Found, name: str) -> dict[str, tuple[tuple[int, ...], str]]:
 
 @contextmanager
 def _explained(source: str, *, writing: bool = False) -> Iterator[None]:
-    """What the hub and its library raise, as one sentence."""
+    """Turn all that the hub and its library raise into one sentence."""
     try:
         yield
     except InputError:

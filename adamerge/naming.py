@@ -1,4 +1,4 @@
-"""Names of tasks: which ones there may be, and what folders and code are called after them."""
+"""Names of tasks: the rules for them, and the folder names and Python literals made from them."""
 
 import hashlib
 import json
@@ -44,7 +44,7 @@ def _name_problems(names: list[Any], where: str) -> Iterator[str]:
 
 
 def _wrong_with(name: Any) -> str:
-    """What is wrong with a name, with the fix; empty where nothing is."""
+    """Return the fault of a name and how to mend it; empty for a good name."""
     if isinstance(name, bool):
         return "is no text: YAML reads on, off, yes and no as truth values. Put quotes around the name"
     if not isinstance(name, str):

@@ -96,7 +96,7 @@ def _library() -> ctypes.CDLL | None:
 
 
 def _loaded(compiler: str) -> ctypes.CDLL:
-    """The library, from a folder that nobody else can write to: whoever could would have code of his own run."""
+    """Return the library, from a folder that nobody else can write to: whoever could, could run code of their own."""
     made_for = [_SOURCE.read_text(), compiler, *_FLAGS, _processor()]
     name = hashlib.sha256(repr(made_for).encode()).hexdigest()[:32]
     for home in private_dirs("native"):  # nothing below can be another's between its check and its use
@@ -132,7 +132,7 @@ def _compile(compiler: str, folder: Path) -> None:
 
 
 def _processor() -> str:
-    """What this processor can do: a cache folder may be shared by machines that are not alike."""
+    """Return the features of this processor: machines that are not alike may share a cache folder."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.platform())

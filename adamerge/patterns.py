@@ -1,4 +1,4 @@
-"""Regular expressions that others may have written: they are searched for in bounded time."""
+"""Regular expressions that others may have written, searched in bounded time."""
 
 import re
 import time
@@ -21,7 +21,7 @@ class Pattern:
         option: Where it stands, for messages.
 
     Raises:
-        InputError: No regular expression; and, when it is searched for, one that takes too long.
+        InputError: The pattern is no regular expression, or repeats parts too often; in a search, it takes too long.
     """
 
     def __init__(self, pattern: str, option: str) -> None:
@@ -29,22 +29,22 @@ class Pattern:
         if _written_out(pattern) > len(pattern) + _REPEATS:
             raise InputError(f"`{option}` is '{pattern[:200]}', which repeats parts too often; use * or + there.")
         try:
-            re.compile(pattern)  # whose language it is: regex has recursion and more, and braces that are no counts
+            re.compile(pattern)  # only what `re` takes: regex adds recursion and more
             self._compiled = regex.compile(_BRACES.sub(r"\\{", pattern), regex.VERSION0)
         except (re.error, regex.error, RecursionError, OverflowError, MemoryError, ValueError) as error:
             raise InputError(f"`{option}` is no regular expression: '{pattern[:200]}' ({error}).") from error
 
     @property
     def groups(self) -> int:
-        """How many groups it has."""
+        """The number of groups in the pattern."""
         return int(self._compiled.groups)
 
     def search(self, text: str) -> "regex.Match[str] | None":
-        """The first match anywhere in a text."""
+        """Return the first match anywhere in a text."""
         return self._within_time(self._compiled.search, text)
 
     def fullmatch(self, text: str) -> "regex.Match[str] | None":
-        """The match of a whole text."""
+        """Return the match of a whole text."""
         return self._within_time(self._compiled.fullmatch, text)
 
     def _within_time(self, match: "regex.Callable", text: str) -> "regex.Match[str] | None":
@@ -61,7 +61,7 @@ class Pattern:
 
 
 def _written_out(pattern: str) -> int:
-    """The letters and sets of a pattern whose counted parts are written as often as they may stand there."""
+    """Count the letters and sets of a pattern in which counted repeats are written out."""
     sizes, atom, place = [0], 0, 0  # of the open groups so far; of what stands before a count
     while place < len(pattern):
         counts = _BOUNDS.match(pattern, place)

@@ -77,7 +77,7 @@ def _write_merge(folder: Path, record: Mapping[str, Any], home: Path, name: str)
 
 
 def _local(record: Mapping[str, Any]) -> Iterator[str]:
-    """What a merge needs that no other machine has."""
+    """Yield the parts of a merge that no other machine has."""
     yield from (who for who, entry in record["sources"].items() if is_local(entry["source"]))
     model = (record["backbone"].get("init_args") or {}).get("model")
     if isinstance(model, str) and is_local(model) and model not in (e["source"] for e in record["sources"].values()):

@@ -32,7 +32,7 @@ _Loader.yaml_implicit_resolvers = {
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """Open a regular file for reading, in bytes; a pipe or device does not get to block or to go on for ever.
+    """Open a regular file for reading, in bytes; never a pipe or device, which could block or go on for ever.
 
     Raises:
         InputError: Something else than a regular file, such as a folder, a pipe, a socket or a device.
@@ -66,7 +66,7 @@ def check_regular(*paths: Path) -> None:
 
 
 def exists(path: Path) -> bool:
-    """Whether there is something of that name; there is not where the name cannot be one."""
+    """Tell whether a path exists; False too where its name cannot be one, or may not be looked up."""
     try:
         return path.exists()
     except (OSError, ValueError):  # too long, or no right to look
@@ -74,7 +74,7 @@ def exists(path: Path) -> bool:
 
 
 def is_special(path: Path) -> bool:
-    """Whether a path leads to a pipe, a socket or a device."""
+    """Tell whether a path leads to a pipe, a socket or a device."""
     return exists(path) and not (path.is_file() or path.is_dir())
 
 
@@ -139,7 +139,7 @@ def parse_yaml(text: str, source: str) -> Any:
 
 
 def check_yaml(text: str, source: str) -> None:
-    """Refuse YAML that is a bomb, in linear time and before any of it is built: another parser may read it then.
+    """Refuse YAML of too many values or too deep, in linear time and before any is built; any parser may then read it.
 
     Args:
         text: The YAML.

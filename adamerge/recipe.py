@@ -71,7 +71,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class VectorOptions:
-    """How the task vectors are kept.
+    """Storage of the task vectors.
 
     Args:
         dtype: Their storage; by default what the checkpoints are in.
@@ -89,7 +89,7 @@ class VectorOptions:
 
 @dataclass
 class Survey:
-    """What is known of a recipe's sources before their values are read.
+    """The facts about a recipe's sources that are known before their values are read.
 
     Attributes:
         problems: All that is wrong with them.
@@ -128,7 +128,7 @@ class Recipe(Recorded):
         phases: Stretches of the run, one after the other, that train different learnables; one by default.
         init_from: Run whose learned merge, of the same sources, gives the learnables their first values.
         space: Which tensors are merged, in which groups.
-        vectors: How the task vectors are kept.
+        vectors: Storage of the task vectors.
         apply_mode: `leaf` or `swap`; see `MergedModel`.
 
     Raises:
@@ -209,7 +209,7 @@ class Recipe(Recorded):
         return opened
 
     def survey(self, classes: Mapping[str, Sequence[str]]) -> "Survey":
-        """What configurations and headers tell of the sources: nothing else is read or fetched.
+        """Survey the sources by configurations and headers alone: nothing else is read or fetched.
 
         Args:
             classes: The class names of each task, as far as they are known.
@@ -244,7 +244,7 @@ class Recipe(Recorded):
         return Survey([*problems, *fitted.problems, *found], known, net, space, base, states, fitted.excluded)
 
     def _spared(self, space: ParamSpace, base: State, experts: Mapping[str, State]) -> dict[str, str]:
-        """What the backbone lets stand as it is in the base where no expert has it."""
+        """Return the tensors that no expert has and that the backbone leaves as they are in the base."""
         lacking = [name for name in space.shapes if not any(name in state for state in experts.values())]
         return {n: "the base's, in no expert" for n in lacking if n in base and self.backbone.spare(n)}
 
@@ -255,7 +255,7 @@ class Recipe(Recorded):
         known: dict[str, Sequence[str]],
         look: Callable[[str], State],
     ) -> Iterator[str]:
-        """What can be said before the network is made; opens the sources and finds the class names on the way."""
+        """Yield the problems that show before the network is made; open the sources and find class names on the way."""
         strange = sorted(set(classes) - set(self.experts))
         if strange:
             yield (

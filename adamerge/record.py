@@ -14,7 +14,7 @@ from adamerge.types import InputError
 _LONGEST = 100_000  # characters of a text: regular expressions may list tensors
 _MOST_TASKS = 1_000
 _LARGEST = 2**40  # of a count or width
-_SHOWN = 3  # problems
+_SHOWN = 3  # problems in one message
 
 Problems = Iterator[str]
 Check = Callable[[Any, str], Problems]  # of a value that stands at a place
@@ -28,7 +28,7 @@ def check_record(record: Mapping[str, Any], file: Path) -> None:
         file: Where it stands, for messages.
 
     Raises:
-        InputError: A part that is missing, of another type or at odds with another; names the place.
+        InputError: A part is missing, has another type or contradicts another; the message names the place.
     """
     problems = list(islice(_RECORD(record, ""), _SHOWN)) or list(islice(_disagreements(record), _SHOWN))
     if problems:
@@ -125,7 +125,7 @@ def _fields(needed: Mapping[str, Check], others: Mapping[str, Check] | None = No
 
 
 def _options(of: type) -> Check:
-    """A dataclass's options, each of the type that it is annotated with."""
+    """Return the check of a dataclass's options, each of the type that it is annotated with."""
     return _fields({}, {name: _annotated(hint) for name, hint in typing.get_type_hints(of).items()}, closed=True)
 
 
@@ -139,7 +139,7 @@ def _annotated(hint: Any) -> Check:
 
 
 def _inner(value: Any, place: str) -> Problems:
-    """What stands in the arguments of a class: plain data, with classes in them."""
+    """Check the arguments of a class: plain data, with classes in them."""
     if isinstance(value, dict) and "class_path" in value:
         yield from _part(value, place)
     elif isinstance(value, dict):
@@ -149,7 +149,7 @@ def _inner(value: Any, place: str) -> Problems:
 
 
 def _part(value: Any, place: str) -> Problems:
-    """A class with its arguments."""
+    """Check a class with its arguments."""
     return _fields({"class_path": _CLASS}, {"init_args": _optional(_mapping_of(_inner))}, closed=True)(value, place)
 
 
@@ -163,7 +163,7 @@ _PRINTED = _text("a text in one line, without control characters", r"[^\0-\x1f\x
 _TRUTH = _of_type("true or false", bool)
 _NUMBER = _of_type("a number", int, float)
 _SHA256 = _text("a sha256, 64 hexadecimal digits", r"[0-9a-f]{64}")
-# `<Name>` stands for an object made in Python that no text can name: of data, which are not made again
+# `<Name>` stands for data made in Python, which no text can name; loading a merge does not make them again
 _CLASS = _text("a class's path, such as package.module.Name", r"\w+(\.\w+)*|<[\w.<>]+>", 1000)
 _SOURCE = _fields({"source": _PRINTED, "sha256": _SHA256}, {"revision": _optional(_PRINTED)})
 

@@ -139,7 +139,7 @@ def revive(value: Any, *, trust: bool, partial: bool = False, kind: type | None 
 
 
 def _is_importable(hint: Any) -> bool:
-    """Whether an argument is a class or function, which stands in text as its path."""
+    """Tell whether an argument is a class or function, which stands in text as its path."""
     if hint in (type, Callable) or typing.get_origin(hint) in (type, Callable):
         return True
     options = [each for each in typing.get_args(hint) if each is not type(None)]
@@ -158,7 +158,7 @@ def _code_options(cls: type, options: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _asks_for_code(option: str) -> str:
-    """What is said of an option that has code run."""
+    """Return the message about an option that has code run."""
     return (
         f"The merge's record has the option `{option}`, which runs code that a model brings along; pass trust=True (in "
         "a command: --trust) if you trust it."
@@ -166,7 +166,7 @@ def _asks_for_code(option: str) -> str:
 
 
 def _of_another_kind(hints: Mapping[str, Any], waits: Iterable[str], arguments: Mapping[str, Any]) -> Iterator[str]:
-    """What is said of classes that an argument does not ask for: their options are no concern of its own checks."""
+    """Yield a problem for each class of another kind than its argument asks for."""
     for name in waits:
         made = arguments[name].func if isinstance(arguments[name], functools.partial) else arguments[name]
         wanted = [kind for kind in _made_by(hints[name]) if isinstance(kind, type)]
@@ -184,7 +184,7 @@ def _made_by(hint: Any) -> Iterator[Any]:
 
 
 def foreign(path: str) -> str:
-    """What is said of code that is not trusted."""
+    """Return the message about code that is not trusted."""
     return (
         f"The merge is built with '{path}', which is not part of adamerge; pass trust=True (in a command: --trust) "
         "if you trust it."

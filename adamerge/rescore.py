@@ -84,7 +84,7 @@ def _precision(config: Path) -> str:
 
 
 def _other_classes(data: UnlabeledTasks, made_for: Mapping[str, list[str]]) -> Any:
-    """What is wrong where the data's classes are not those, in that order, that the merge's heads were made for."""
+    """Yield a problem for each task whose classes, or their order, are not those that its head was made for."""
     found = data.classes
     if not set(found) <= set(made_for):
         yield f"The data have the tasks {', '.join(found)}; the merge {', '.join(made_for)}."

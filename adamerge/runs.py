@@ -21,7 +21,7 @@ CONFIG = "config.yaml"
 
 @dataclass
 class Told:
-    """What a run's directory says of it.
+    """The facts about a run that its directory tells.
 
     Attributes:
         folder: The directory.
@@ -101,7 +101,7 @@ def _folders(top: Path) -> Iterator[Path]:
 
 
 def tell(folder: Path) -> Told:
-    """What a run's directory says of it; damage is told, not raised."""
+    """Read the facts about a run from its directory; damage is told, not raised."""
     if not (folder / "merge").exists():
         return Told(folder, "no merge yet: running or killed", steps=_logged_steps(folder))
     try:

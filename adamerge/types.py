@@ -23,7 +23,7 @@ UNLABELED = -100  # the label of a sample that has none: it is neither learned f
 
 
 class InputError(ValueError):
-    """What the user gave does not fit: says what, where and how to mend it. The command prints it as one paragraph.
+    """A fault in what the user gave: says what, where and how to mend it. The command prints it as one paragraph.
 
     Names of others stand in messages: what moves a terminal's cursor or cannot be printed is escaped.
     """
@@ -56,7 +56,7 @@ class Term:
 
 @dataclass(frozen=True)
 class TaskInfo:
-    """What a task module may know of its task; heads are made first, and know less."""
+    """The facts about a task that its modules may use; heads are made first, and know fewer."""
 
     name: str
     classes: Sequence[str] | None = None  # the C class names
@@ -71,7 +71,7 @@ class TaskInfo:
 
 @dataclass
 class TaskOutput:
-    """What the merged model says about one task's batch, in fp32."""
+    """The merged model's output for one task's batch, in fp32."""
 
     task: str
     features_BD: Tensor  # what enters the head, after the task's other modules

@@ -70,7 +70,7 @@ class Classifier(Transformers):
 
     @abstractmethod
     def inputs(self, batch: Batch) -> Mapping[str, Tensor]:
-        """What the network takes of a batch."""
+        """Return the parts of a batch that the network takes."""
 
     def head(self, task: TaskInfo) -> TaskModule:
         assert isinstance(task.base, State)

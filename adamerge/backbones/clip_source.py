@@ -101,7 +101,7 @@ class ClipSource:
         return clip.eval()
 
     def exported(self) -> Any:
-        """The whole CLIP of a folder that was exported, with its weights."""
+        """Load the whole CLIP from an exported folder, with its weights."""
         import open_clip
 
         with explained(f"open_clip cannot load '{self.model}'"):
@@ -158,7 +158,7 @@ class ClipSource:
 
 
 def _image_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a configuration says of the image tower itself."""
+    """Return the part of a configuration that describes the image tower itself."""
     vision = {key: value for key, value in config["vision_cfg"].items() if key != "timm_model_pretrained"}
     return {**vision, "quick_gelu": bool(config.get("quick_gelu")), "embed_dim": config["embed_dim"]}
 

@@ -11,7 +11,7 @@ from adamerge.types import InputError
 
 @contextmanager
 def explained(what: str, code_of: str | None = None) -> Iterator[None]:
-    """Model libraries and the hub raise what they like; the user gets one sentence. They run no foreign code.
+    """Turn all that model libraries and the hub raise into one sentence, and let them run no foreign code.
 
     Args:
         what: What cannot be done, as the sentence begins.

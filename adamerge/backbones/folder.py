@@ -41,7 +41,7 @@ class FolderWriter:
     def whole(
         self, net: nn.Module, folder: Path, config: Any, architecture: str, *, without: Collection[str] = ()
     ) -> None:
-        """What tasks share of a network, in the folder itself.
+        """Write the part of a network that all tasks share into the folder itself.
 
         Args:
             net: The network.

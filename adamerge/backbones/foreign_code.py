@@ -1,4 +1,4 @@
-"""Code that a model brings along: model libraries run none of it, but that of one folder where it was asked for."""
+"""Code that models bring along: libraries run none of it, except one folder's where the user asked for it."""
 
 import functools
 import json
@@ -19,12 +19,12 @@ from adamerge.types import InputError
 REMOTE = "trust_remote_code"  # what transformers' complaint of a folder with code of its own contains
 _TENSORS_ALONE, _ANYTHING = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # read by torch.load
 _FETCHES_CODE = "get_cached_module_file"
-_one_at_a_time = threading.RLock()  # what a block changes is the process's
+_one_at_a_time = threading.RLock()  # a block changes state of the whole process
 
 
 @dataclass(frozen=True)
 class _Allowed:
-    """Whose code may run: a folder's, which may be a copy of a repository's; nobody's without one."""
+    """The one folder whose code may run, which can be a copy of a repository; without a folder, no code may run."""
 
     source: str | None = None
     folder: str | None = None
@@ -38,10 +38,10 @@ class _Allowed:
         return cls(source, str(locate(source, weights=False, code=True)), hub.repo if hub else None)
 
     def folder_for(self, origin: str, file: str) -> str:
-        """The folder that a file of code is taken from.
+        """Return the folder that a file of code is taken from.
 
         Raises:
-            InputError: None: code of that origin may not run.
+            InputError: Code of that origin may not run.
         """
         if self.folder is not None and origin in (self.folder, self.repo):
             return self.folder
@@ -57,7 +57,7 @@ class _Allowed:
         )
 
 
-_allowed: ContextVar[_Allowed | None] = ContextVar("allowed", default=None)  # None outside of the blocks: no concern
+_allowed: ContextVar[_Allowed | None] = ContextVar("allowed", default=None)  # None outside of the blocks: unchecked
 
 
 @contextmanager
@@ -65,8 +65,8 @@ def only_code_of(source: str | None) -> Iterator[None]:
     """Let transformers run the code of one model's folder alone in the block, whatever a configuration switches on.
 
     Other libraries configure transformers from files of strangers, and transformers configures itself from nested
-    files. All of their code passes one function of transformers, which is guarded here. Nobody is asked at the
-    terminal, and pickles are read for their tensors alone.
+    files. One function of transformers fetches all such code, and it is guarded here. The user is not asked at the
+    terminal, and only tensors are read from pickles.
 
     Args:
         source: The folder or hub id whose code may run, in the commit that it stands for; None for none.
@@ -86,7 +86,7 @@ def only_code_of(source: str | None) -> Iterator[None]:
 
 
 def _guard() -> None:
-    """Put a question in front of the function that fetches code for transformers, wherever it is known by now."""
+    """Put a check in front of the function that fetches code for transformers, in each module that has imported it."""
     for name in ("transformers.dynamic_module_utils", "transformers.generation.utils"):
         get = getattr(sys.modules.get(name), _FETCHES_CODE, None)
         if get is not None and not hasattr(get, "is_guarded"):
@@ -120,7 +120,7 @@ def _only_tensors() -> Iterator[None]:
 
 
 def is_kernel(implementation: Any) -> bool:
-    """Whether an attention implementation is a kernel of the hub, `org/name`, which is code that transformers runs."""
+    """Tell whether an attention implementation is a kernel of the hub, `org/name`: code that transformers runs."""
     parts = implementation.values() if isinstance(implementation, dict) else [implementation]
     return any(isinstance(part, str) and "/" in part for part in parts)
 

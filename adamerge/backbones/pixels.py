@@ -65,7 +65,7 @@ class ImageInput(_Base):
 
     @cached_property
     def _takes_bytes(self) -> bool:
-        """Whether bytes, scaled and normalised by `inputs`, are what the processor makes of a picture; seen on one."""
+        """Tell whether `inputs` scales and normalises bytes as the processor does; tried on one picture."""
         values = np.random.RandomState(0).randint(0, 256, (64, 48, 3)).astype(np.uint8)
         picture = Image.fromarray(values).convert("L" if self._channels == 1 else "RGB")
         whole = self._processed(picture).float()

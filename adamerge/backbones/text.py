@@ -82,7 +82,7 @@ class TextInput(_Base):
 
     @cached_property
     def _positions(self) -> int | None:
-        """How many places of a text the network knows: RoBERTa's first ones are not for tokens."""
+        """Return the number of positions that the network has for tokens; RoBERTa's first ones are for none."""
         known = getattr(self.config, "max_position_embeddings", None)
         with torch.device("meta"):
             tables = [each for each in self._make(self._config()).modules() if isinstance(each, nn.Embedding)]
@@ -143,7 +143,7 @@ class TextInput(_Base):
 
     @cached_property
     def _taken(self) -> set[str]:
-        """What the tokenizer gives and the network takes."""
+        """Return the names that the tokenizer gives and the network takes."""
         with torch.device("meta"):
             known = inspect.signature(self._make(self._config()).forward).parameters
         return {IDS, MASK} | {name for name in self.tokenizer.model_input_names if name in known}

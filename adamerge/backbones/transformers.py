@@ -28,7 +28,7 @@ _FREE = re.compile(
     r"drop|init|label|problem_type|token_id|finetuning|checkpointing|vocab_size|projection_dim|use_cache|^output_|^return_"
 )
 ADAPTER = "adapter_config.json"
-_COUNTED, _MOST = re.compile(r"(?i)layer|label|depth|block|stage"), 1_000_000  # what a configuration makes lists of
+_COUNTED, _MOST = re.compile(r"(?i)layer|label|depth|block|stage"), 1_000_000  # keys of what becomes lists
 _SETTINGS = (".json", ".txt", ".model", ".jinja")  # of architecture, preprocessing and tokenizer
 
 
@@ -77,7 +77,7 @@ class Transformers(Backbone):
 
     @property
     def model(self) -> str:
-        """Where architecture and preprocessing come from."""
+        """The source of architecture and preprocessing: a folder or a hub id."""
         if self._model is None:
             raise InputError(f"{type(self).__name__} has no `model`; name a folder or a hub id.")
         return self._model
@@ -120,7 +120,7 @@ class Transformers(Backbone):
 
     @cached_property
     def config(self) -> Any:
-        """That of the model."""
+        """The configuration of the model."""
         return self.config_of(self.model)
 
     def _config(self) -> Any:
@@ -142,7 +142,7 @@ class Transformers(Backbone):
 
     @cached_property
     def _is_untied(self) -> bool:
-        """Whether the output layer is no embedding, whatever the library makes: transformers 5 ties each T5's."""
+        """Tell whether the output layer is no embedding, whatever the library makes: transformers 5 ties each T5's."""
         told = read_json(locate(self.model, weights=False) / "config.json")
         return told.get("tie_word_embeddings") is False
 
@@ -211,7 +211,7 @@ class Transformers(Backbone):
         return self._pretrained(folder, str(folder))
 
     def _pretrained(self, folder: Path, source: str) -> Any:
-        """The library's own network with the weights of a folder.
+        """Load the library's own network with the weights of a folder.
 
         Args:
             folder: The folder.
@@ -235,7 +235,7 @@ class Transformers(Backbone):
 
 
 def _check_counts(told: Any, source: str) -> None:
-    """Refuse numbers of layers and labels that no model has: transformers makes lists of so many, in no time it says.
+    """Refuse numbers of layers and labels that no model has: transformers would make lists of that length.
 
     Raises:
         InputError: There is one.
@@ -262,7 +262,7 @@ def _tied_output(net: Any) -> nn.Linear | None:
 
 
 def has_config(source: str) -> bool:
-    """Whether a source is more than weights: a hub id, or a folder with a configuration."""
+    """Tell whether a source is more than weights: a hub id, or a folder with a configuration."""
     path = Path(source.removeprefix("local-dir:")).expanduser()
     return (path / "config.json").is_file() if path.exists() else not source.endswith((".safetensors", *PICKLES))
 

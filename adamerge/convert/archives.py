@@ -23,7 +23,7 @@ _OTHER_TENSORS = ("torch._utils._rebuild", "torch.storage._load_from_bytes")
 
 
 class Content(NamedTuple):
-    """What a pickled checkpoint holds, as data."""
+    """The content of a pickled checkpoint, as data."""
 
     value: Any
     script: bool  # a TorchScript archive
@@ -65,7 +65,7 @@ def _explained(path: Path) -> Iterator[None]:
 
 
 class _Whole(io.BufferedIOBase):
-    """A file of known size: whatever number of bytes is asked for, there is memory for those that it has alone."""
+    """A file of known size, which never takes memory for more bytes than it has, whatever number is asked for."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         self._file, self.size = file, size
@@ -100,7 +100,7 @@ class _Members:
     def read(self, key: str) -> bytearray:
         if self._last is None or self._last[0] != key:
             with _explained(self._path):
-                self._last = key, bytearray(self._archive.read(f"{self._root}data/{key}"))  # its checksum is looked at
+                self._last = key, bytearray(self._archive.read(f"{self._root}data/{key}"))  # checksum is checked
         return self._last[1]
 
 

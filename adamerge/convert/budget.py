@@ -1,11 +1,11 @@
-"""What reading one checkpoint may cost, whatever its pickles say."""
+"""A limit on what reading one checkpoint may cost, whatever its pickles say."""
 
 from dataclasses import dataclass
 
 from adamerge.types import InputError
 
 _STEPS = 4_000_000  # a tensor takes about 35: 110,000 tensors
-_BYTES_OF_A_STEP = 8  # beside weights stand lists of losses or indices, of millions of numbers in large files
+_BYTES_OF_A_STEP = 8  # large files also hold lists of losses or indices, of millions of numbers
 _SPARE = 2**24  # bytes
 
 
@@ -31,17 +31,17 @@ class Budget:
         """Pay for operations of a pickle, entries that are copied, or parts that are visited.
 
         Raises:
-            InputError: There were too many.
+            InputError: The checkpoint needs more than the limit.
         """
         self._steps -= number
         if self._steps < 0:
             self._refuse(f"more than {self._most:,} steps to read")
 
     def copy(self, number: int) -> None:
-        """Pay for bytes or letters that are made of others which stand in the file.
+        """Pay for bytes or letters that are copies of others in the file.
 
         Raises:
-            InputError: There were too many.
+            InputError: The checkpoint needs more than the limit.
         """
         self._bytes -= number
         if self._bytes < 0:

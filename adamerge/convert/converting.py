@@ -32,7 +32,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Converted:
-    """What a conversion gives back.
+    """The result of a conversion.
 
     Attributes:
         out: The file or folder.
@@ -175,7 +175,7 @@ def _check_types(tensors: Tensors, source: str) -> None:
 
 
 def _check_sizes(tensors: Tensors, source: str, size: int) -> None:
-    """Every tensor lies in its storage, and all take no more than a multiple of the files, before any is read."""
+    """Check, before any is read, that every tensor lies in its storage and all together are not too large."""
     with _explained(source):
         for tensor in tensors.values():
             tensor.check()

@@ -1,6 +1,6 @@
 """The few calls of a pickle that make something: plain containers, tensors that stay in their file, arrays of numpy.
 
-Each maker gets the reader, which pays for what is copied, and the arguments, which can be anything.
+Each maker takes the reader, which counts what is copied, and the arguments, which can be anything.
 """
 
 import pickle
@@ -19,12 +19,12 @@ LONGEST = 4096  # letters of a name or key
 
 
 def is_place(value: Any) -> bool:
-    """Whether a value counts elements or bytes."""
+    """Tell whether a value can count elements or bytes."""
     return isinstance(value, int) and 0 <= value < 2**63
 
 
 def bytearray_of(reader: Any, content: Any = b"", encoding: Any = "latin1") -> bytearray:
-    """Bytes or text as a bytearray; never so many zeros as a number says."""
+    """Return bytes or text as a bytearray; a number does not give that many zeros, as it does in Python."""
     if isinstance(content, (bytes, bytearray)):
         return bytearray(reader.copied(content))
     return bytearray(_encoded(reader, content, encoding))
@@ -52,7 +52,7 @@ def _complex(reader: Any, *parts: Any) -> complex:
 
 
 def _kind(reader: Any, name: Any, *rest: Any) -> Any:
-    """A plain type of numpy; a stand-in for one of objects."""
+    """Return a plain type of numpy; a stand-in for any other type."""
     if not isinstance(name, str) or len(name) > LONGEST:
         raise pickle.UnpicklingError("a type of numpy without a name")
     if _PLAIN.fullmatch(name):

@@ -1,4 +1,4 @@
-"""The parts that a pickle is read into: tensors that are still in their file, arrays of numpy, inert stand-ins."""
+"""The parts of a pickle that was read: tensors that are still in their file, arrays of numpy, inert stand-ins."""
 
 import math
 import pickle
@@ -17,15 +17,15 @@ class Bytes(Protocol):
     """The bytes of a checkpoint's storages, by their keys."""
 
     def size(self, key: str) -> int:
-        """The number of bytes of a storage, known without reading them."""
+        """Return the number of bytes of a storage, without reading them."""
 
     def read(self, key: str) -> bytearray:
-        """The bytes of a storage."""
+        """Return the bytes of a storage."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Storage:
-    """Bytes in a checkpoint; of no type where the tensor says it."""
+    """Bytes in a checkpoint; without a type where each tensor names its own."""
 
     key: str
     dtype: torch.dtype | None
@@ -52,7 +52,7 @@ class Stored:
         """Refuse a tensor that reaches beyond its storage, before anything of it is read.
 
         Raises:
-            ValueError: It does.
+            ValueError: The tensor ends after its storage, or has not one stride for each size.
         """
         if len(self.shape) != len(self.stride):
             raise ValueError(f"a shape of {len(self.shape)} sizes has {len(self.stride)} strides")
@@ -65,7 +65,7 @@ class Stored:
             raise ValueError(f"one ends at byte {end:,} of a storage that has {there:,}")
 
     def read(self) -> Tensor:
-        """The tensor, contiguous and alone in its memory."""
+        """Return the tensor, contiguous and alone in its memory."""
         self.check()
         if 0 in self.shape:
             return torch.empty(self.shape, dtype=self.dtype)
@@ -84,7 +84,7 @@ class Array:
     data: bytes = b""
 
     def build(self, state: Any) -> None:
-        """Take what numpy keeps of an array: version, shape, type, order, bytes."""
+        """Take the state that numpy pickles of an array: version, shape, type, order, bytes."""
         _, shape, kind, order, data = state
         if not isinstance(kind, Kind) or not isinstance(data, bytes):
             raise pickle.UnpicklingError("an array of numpy without a type or without bytes")
@@ -111,13 +111,13 @@ class Array:
         """Refuse a shape that does not fit the bytes.
 
         Raises:
-            ValueError: It does not.
+            ValueError: Shape and bytes do not fit.
         """
         if self.kind is None or math.prod(self.shape) * self.kind.itemsize != len(self.data):
             raise ValueError(f"an array of numpy of the shape {self.shape} has {len(self.data):,} bytes")
 
     def read(self) -> Tensor:
-        """The array as a tensor."""
+        """Return the array as a tensor."""
         self.check()
         array = np.frombuffer(self.data, self.kind).reshape(self.shape, order="F" if self.columns_first else "C")
         return torch.from_numpy(np.array(array, self.kind.newbyteorder("="), order="C"))
@@ -130,7 +130,7 @@ class Kind:
     dtype: Any
 
     def build(self, state: Any) -> None:
-        """Take what numpy keeps of a type: version, byte order, and nothing else for plain ones."""
+        """Take the state that numpy pickles of a type: version, byte order, and nothing else for plain ones."""
         if state[1] not in ("<", ">", "=", "|"):
             raise pickle.UnpicklingError("a type of numpy without a byte order")
         self.dtype = self.dtype.newbyteorder(state[1])
@@ -147,7 +147,7 @@ class Inert:
         return f"<{self.path}>"  # its state may hold itself
 
     def extend(self, values: Iterable[Any]) -> None:
-        """Add the entries of a list of a class of its own."""
+        """Add the entries of a list whose class is not Python's own."""
         for value in values:
             self.append(value)
 
@@ -158,7 +158,7 @@ class Inert:
 
 @dataclass(frozen=True)
 class Key:
-    """A key of a dict that is no text or small number, by its text: nobody can aim at the hash of one."""
+    """The text of a dict's key that is no text or small number; a file cannot choose its hash."""
 
     text: str
 
@@ -167,10 +167,10 @@ class Key:
 
 
 def sizes(values: Any) -> tuple[int, ...]:
-    """The sizes or strides of a tensor.
+    """Return the sizes or strides of a tensor as a tuple.
 
     Raises:
-        UnpicklingError: They are none.
+        UnpicklingError: The values are no sizes, or too many.
     """
     if not isinstance(values, (list, tuple)) or len(values) > _DIMENSIONS:
         raise pickle.UnpicklingError("a shape that is none")

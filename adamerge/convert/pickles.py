@@ -44,7 +44,7 @@ _Python: Any = pickle._Unpickler  # the one in Python, whose steps can be replac
 
 
 class _Paid(dict[int, Callable[..., None]]):
-    """The steps of a reader; each one is paid for as it is looked up."""
+    """The steps of a reader; each one counts against the budget when it is looked up."""
 
     budget: Budget
 
@@ -100,7 +100,7 @@ class Reader(_Python):
         return self._made.setdefault((made.key, made.dtype, start), made)
 
     def _called(self, function: Any, args: Any) -> Any:
-        """What a call gives: a maker's value, or a stand-in."""
+        """Return the value of a call: a maker's, or a stand-in."""
         if not isinstance(args, (tuple, list)) or not isinstance(function, (Named, Inert)):
             raise pickle.UnpicklingError("a call of what is no function")
         self._budget.step(len(args))
@@ -115,7 +115,7 @@ class Reader(_Python):
         return Inert(function.path)
 
     def copied(self, values: Any) -> Any:
-        """A container or text, once its length is paid for; a number, of which so many would be made, is none."""
+        """Return a container or text after counting its length; refuse a number, which would ask for so many items."""
         if not isinstance(values, (str, bytes, bytearray, list, tuple, dict, set, frozenset)):
             raise pickle.UnpicklingError("a container made of what is none")
         pay = self._budget.copy if isinstance(values, (str, bytes, bytearray)) else self._budget.step
@@ -123,20 +123,20 @@ class Reader(_Python):
         return values
 
     def as_set(self, values: Iterable[Any] = ()) -> set[Any]:
-        """A set of values, each as a key."""
+        """Return a set of values, each as a key."""
         return set(map(self._key, self.copied(values)))
 
     def as_dict(self, pairs: Any = ()) -> dict[Any, Any]:
-        """A dict of another one, or of pairs."""
+        """Return a dict made from another one, or from pairs."""
         pairs = self.copied(pairs)
         return dict(pairs) if isinstance(pairs, dict) else {self._key(key): value for key, value in pairs}
 
     def _key(self, value: Any) -> Any:
-        """A key for a dict or set whose hash takes no time, and is not like those of many others."""
+        """Return a key for a dict or set whose hash is quick and that a file cannot make collide with others."""
         return value if _is_key(value) else Key(self._text(value))
 
     def _text(self, value: Any) -> str:
-        """The text of a tuple of keys, a frozen set or a large number; a shared part counts wherever it stands."""
+        """Return the text of a tuple of keys, a frozen set or a large number; a shared part counts each time."""
         texts: list[str] = []
         left, room = [value], LONGEST
         while left:

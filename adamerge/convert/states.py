@@ -40,7 +40,7 @@ def named_tensors(value: Any, source: str, key: str | None = None) -> tuple[Tens
 
 
 class _Names:
-    """The names that a checkpoint's parts get; each is paid for, as shared parts have a name for every way to them."""
+    """The names of a checkpoint's parts; each counts against the budget, since a shared part has one for every path."""
 
     def __init__(self, source: str) -> None:
         self.source, self.left_out = source, list[str]()
@@ -141,7 +141,7 @@ def _distinct(pairs: _Pairs, source: str) -> Tensors:
 
 
 def _of_module(module: Inert, names: _Names, name: str, above: tuple[int, ...], where: str) -> _Pairs:
-    """As `nn.Module.state_dict` names them; `where` says where the whole stood, and is no part of the names."""
+    """Name tensors as `nn.Module.state_dict` does; `where` tells where the whole stood, and is no part of the names."""
     if len(above) > _DEEPEST:
         raise names.too_deep()
     passing = module.state.get("_non_persistent_buffers_set")

@@ -118,13 +118,13 @@ class _Files(Dataset[Mapping[str, Any]]):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the files' names, sizes and times, and of their labels."""
+        """A digest of the files' names, sizes and times, and of their labels."""
         stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns, label) for file, label in self._samples]
         return hashlib.sha256(repr(stats).encode()).hexdigest()
 
     @property
     def labelled(self) -> bool:
-        """Whether some image stands in a class folder."""
+        """True where some image stands in a class folder."""
         return any(label != UNLABELED for _, label in self._samples)
 
     def __len__(self) -> int:

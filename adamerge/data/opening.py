@@ -65,7 +65,7 @@ class Source:
         return self.open(self.expression(name))
 
     def expression(self, name: str) -> str:
-        """What stands for a split by the name that the run calls it."""
+        """Return the expression for a split, given the name that the run calls it."""
         whole = isinstance(self._path, str) and self._folder.is_file() and name not in self._splits
         return "train" if whole else self._splits.get(name, name)
 
@@ -74,9 +74,9 @@ class Source:
         return self._kept(expression, self._load)
 
     def peek(self, expression: str) -> Any:
-        """Of the samples that an expression stands for the first or more, as a `datasets.Dataset`.
+        """Return at least the first sample that an expression stands for, as a `datasets.Dataset`.
 
-        Of the hub's it is empty, with columns and types alone; None where even these are not described there.
+        For data on the hub it is empty, with columns and types alone; None where the hub describes not even these.
         """
         return self._opened.get(expression) or self._kept(f"{expression} peeked", lambda _: self._peek(expression))
 
@@ -190,7 +190,7 @@ def _suffix(file: Path) -> str:
 
 
 def _file_options(file: Path, split: str) -> dict[str, Any]:
-    """What `load_dataset` needs to read one file."""
+    """Return the arguments with which `load_dataset` reads one file."""
     suffix = _suffix(file)
     if not file.is_file():
         raise InputError(f"There is no file {file}.")

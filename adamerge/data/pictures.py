@@ -16,7 +16,7 @@ _FORMATS = tuple(sorted(set(Image.OPEN) - _OF_PROGRAMS))
 
 
 def decoded(file: Path) -> Any:
-    """The picture in a file as a PIL image, turned as its camera was held.
+    """Return the picture in a file as a PIL image, turned as its camera was held.
 
     Raises:
         InputError: No regular file, one that cannot be read or decoded, a picture without pixels, or with more than
@@ -30,7 +30,7 @@ def decoded(file: Path) -> Any:
 
 
 def is_picture(file: Path) -> bool:
-    """Whether a file begins as a picture does; its size and its pixels are looked at when it is decoded."""
+    """Tell whether a file begins as a picture does; size and pixels are checked when it is decoded."""
     try:
         with open_regular(file) as raw, Image.open(raw, formats=_FORMATS):
             return True
@@ -55,7 +55,7 @@ def check_size(image: Any) -> None:
     """Refuse a picture that has no pixels, or so many that they would fill the memory.
 
     Raises:
-        ValueError: It is one.
+        ValueError: The picture is empty or too large.
     """
     width, height = image.size
     limit = Image.MAX_IMAGE_PIXELS

@@ -30,14 +30,14 @@ class Rows(Dataset[Mapping[str, Any]]):
 
     @property
     def fingerprint(self) -> str:
-        """That of `datasets`, which changes with whatever was done to the rows, and how they are read."""
+        """The fingerprint of `datasets`, which changes with all that was done to the rows, and how they are read."""
         reading = [*self._columns.items(), *self._number]
         default = all(entry == column for entry, column in self._columns.items()) and not self._number
         return str(self._rows._fingerprint) + ("" if default else f" {reading}")
 
     @cached_property
     def labelled(self) -> bool:
-        """Whether some row has a label, or a target."""
+        """True where some row has a label, or a target."""
         if "target" in self._columns and len(self):
             return True
         return "label" in self._columns and self._has_label(self._columns["label"])
@@ -200,7 +200,7 @@ def first_blank(rows: Any, column: str) -> int | None:
 
 
 def is_blank(rows: Any, column: str) -> bool:
-    """Whether no row of a `datasets.Dataset` has anything in a column; not so where there are no rows."""
+    """Tell whether a column of a `datasets.Dataset` is empty in every row; False where there are no rows."""
     import pyarrow.compute as pc
 
     missing = _blanks(rows, column)

@@ -146,7 +146,7 @@ class UnlabeledTasks(Recorded, pl.LightningDataModule):
         return bare
 
     def _has_labels(self, samples: Dataset[Any]) -> bool:
-        """What the data say of it; where they say no, or nothing, what is in a few samples: labels may be made."""
+        """Tell whether the data have labels: by their own word, else by a few samples, since labels may be made."""
         if getattr(samples, "labelled", None):
             return True
         size = len(samples)  # type: ignore[arg-type]
@@ -170,7 +170,7 @@ class UnlabeledTasks(Recorded, pl.LightningDataModule):
         return {task: self._open(str(self.eval_split), task) for task in self.scored}
 
     def unscored(self) -> list[str]:
-        """What is to be said of the tasks that are not scored."""
+        """Return one line for each reason why tasks are not scored, with their names."""
         found = self._scoring()
         said = {f"no split '{self.eval_split}'": found.no_split, "no labels": found.no_labels}
         return [f"Not scored, {why}: {', '.join(tasks)}" for why, tasks in said.items() if tasks]

@@ -26,7 +26,7 @@ CLASSES = {
 
 
 def samples(task: str, seed: int = 0) -> dict[str, tuple[list[str], list[int]]]:
-    """Texts and labels of a task's splits, classes in equal shares; no text stands in two splits or under two labels.
+    """Return texts and labels of a task's splits, classes in equal shares; no text is in two splits or has two labels.
 
     Args:
         task: Its name.

@@ -59,7 +59,7 @@ def draw(folder: Path) -> None:
 
 
 def pretrained(effort: float = 1.0, tell: Callable[[float], None] = lambda share: None) -> dict[str, Tensor]:
-    """Train the base, telling the share done; its weights as they are shipped."""
+    """Train the base, telling the share done, and return its weights as they are shipped."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of("zoo", "base"))
         model = _new_clip()
@@ -69,7 +69,7 @@ def pretrained(effort: float = 1.0, tell: Callable[[float], None] = lambda share
 
 
 def expert(task: str, base: dict[str, Tensor], effort: float = 1.0) -> dict[str, Tensor]:
-    """Fine-tune one expert's image tower; its weights as they are shipped."""
+    """Fine-tune one expert's image tower, and return its weights as they are shipped."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of("zoo", task))
         model = _new_clip()
@@ -101,7 +101,7 @@ def _tokens(texts: list[str]) -> Tensor:
 
 
 def _pretrain(model: Any, effort: float) -> Iterator[float]:
-    """CLIP's loss, in which equal captions are one; yields the share done."""
+    """Train with CLIP's loss, in which equal captions count as one; yield the share done."""
     random = np.random.default_rng(seed_of("zoo", "captions"))
     images, captions = [], []
     for task, drawn in TASKS.items():
@@ -138,7 +138,7 @@ def _fine_tune(model: Any, task: str, effort: float) -> None:
 def _trained(
     module: nn.Module, samples: tuple[Tensor, Tensor], loss: Any, *, batch_size: int, epochs: int, lr: float
 ) -> Iterator[float]:
-    """AdamW with a one-cycle schedule; yields the share done after each epoch."""
+    """Train with AdamW and a one-cycle schedule; yield the share done after each epoch."""
     module.train()
     steps = len(samples[0]) // batch_size
     optimizer = torch.optim.AdamW(module.parameters(), weight_decay=0.05, foreach=True)

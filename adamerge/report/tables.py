@@ -45,7 +45,7 @@ def with_experts_joined(scores: Mapping[str, "Scores"]) -> dict[str, "Scores"]:
 
 
 def gain(scores: Mapping[str, "Scores"]) -> str:
-    """How the last row stands to the best of the merges that needed no training, in points of mean accuracy."""
+    """Return the last row's lead over the best merge that needed no training, in points of mean accuracy."""
     last, ahead = list(scores)[-1], lead(scores)
     if ahead is None:
         return f"{last}: {100 * mean(scores[last]):.1f}"
