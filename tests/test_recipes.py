@@ -133,7 +133,7 @@ def test_a_file_of_class_names_that_is_not_there_is_said(name, tmp_path, monkeyp
         class_names(name)
 
 
-@pytest.mark.parametrize(("content", "said"), [(b" \n\n", "holds no class names"), (b"caf\xe9\n", "in UTF-8")])
+@pytest.mark.parametrize(("content", "said"), [(b" \n\n", "holds no class names"), (b"caf\xe9\n", "as UTF-8")])
 def test_a_file_without_class_names_is_said(content, said, tmp_path):
     (tmp_path / "mine.txt").write_bytes(content)
     with pytest.raises(InputError, match=f"mine.txt .*{said}"):

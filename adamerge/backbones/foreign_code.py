@@ -99,11 +99,17 @@ def _guarded(get: Any) -> Any:
         allowed = _allowed.get()
         if allowed is not None:
             file = str(args[0] if args else options.get("module_file"))
-            origin = allowed.folder_for(str(origin), file)
+            if not _is_missing(origin, file):
+                origin = allowed.folder_for(str(origin), file)
         return get(origin, *args, **options)
 
     guarded.is_guarded = True  # type: ignore[attr-defined]
     return guarded
+
+
+def _is_missing(origin: Any, file: str) -> bool:
+    """Tell whether a folder has no such file: some versions look for code in every folder, and find none."""
+    return os.path.isdir(origin) and not os.path.lexists(os.path.join(origin, file))
 
 
 @contextmanager
