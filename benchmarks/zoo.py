@@ -31,9 +31,9 @@ recipes `configs/recipes/zoo_*.yaml` adapt on unlabeled pictures that are neithe
 `demo_supervised` learns from the labels of the same pictures. Means over the seeds 0, 1, 2, ± their standard
 deviation; a process for each run. Seconds are of training, ten validations and the experts' answers included, on
 cores that were busy with other work: they say what is long and what is short, no more. Memory is the whole process's.
-The zoo is made once on each machine, so that figures move a little from one to the next. The image tower has 0.12
-million parameters; the 500 test pictures of `scans` are drawn with repetition from 500 scans that no other split
-holds.
+The zoo comes with the package: rows without training are the same on every machine, to a picture or two, and trained
+means to a point. The image tower has 0.12 million parameters; the 500 test pictures of `scans` are drawn with
+repetition from 500 scans that no other split holds.
 
 ```sh
 python benchmarks/zoo.py --write docs/results.md
