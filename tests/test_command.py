@@ -64,6 +64,7 @@ TRAINING = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_learns(write, tmp_path):
     """Coefficients and adapters, accumulation 2, a filter that keeps other counts on each rank; two launchers."""
     one = write(**TRAINING)
@@ -149,6 +150,7 @@ def test_nothing_given_says_what_is_missing(here):
     assert "--config FILE" in err
 
 
+@pytest.mark.slow_unless("15-143-2")
 @pytest.mark.parametrize(
     ("number", "status", "ranks"), [(signal.SIGINT, 130, 1), (signal.SIGTERM, 143, 1), (signal.SIGTERM, 143, 2)]
 )

@@ -186,6 +186,7 @@ def test_fast_looks_at_few_samples_on_the_cpu(tmp_path):
     assert all(round(10 * accuracy, 6).is_integer() for accuracy in done.scores["this merge"].values())  # of 10 samples
 
 
+@pytest.mark.slow
 def test_overfit_learns_the_same_two_batches(tmp_path):
     preset = CONFIGS / "debug" / "overfit.yaml"
     options = {"run.root": str(tmp_path), "trainer.max_steps": 40}

@@ -252,7 +252,7 @@ def two_ranks(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow_unless("pair", "expert, as one batch")
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.filterwarnings("ignore")
 def test_two_ranks_take_the_steps_of_one(two_ranks, case):

@@ -374,6 +374,7 @@ def test_offline_and_log_model_exclude_each_other(config, models):
 # --- as processes
 
 
+@pytest.mark.slow
 def test_training_with_csv_alone_does_not_import_wandb(config, tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config()))
     code = "import sys, adamerge; adamerge.train(sys.argv[1]); assert 'wandb' not in sys.modules"

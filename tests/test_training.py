@@ -162,7 +162,7 @@ def test_resume_draws_what_the_straight_run_draws(config):
     assert_equal(learned(straight), learned(rest))
 
 
-@pytest.mark.slow_unless("4-2-0", "5-1-2")
+@pytest.mark.slow_unless("4-2-0")
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(("steps", "accumulate"), [(5, 1), (4, 2)])
 def test_resume_is_the_straight_run_bit_for_bit(config, workers, steps, accumulate):
