@@ -207,6 +207,7 @@ def test_a_full_disk_leaves_the_old_merge(run, monkeypatch):
     assert [path.name for path in run.dir.iterdir() if ".tmp" in path.name or ".old" in path.name] == []
 
 
+@pytest.mark.slow
 def test_a_killed_save_leaves_old_or_none(tmp_path):
     """The process ends at every point of the save in turn; what stands there is whole or absent."""
     target = tmp_path / "merge"

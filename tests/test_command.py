@@ -85,6 +85,7 @@ def test_two_processes_learn_what_one_learns(write, tmp_path):
             torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-6)  # sums in another order
 
 
+@pytest.mark.slow
 def test_a_failing_audit_ends_every_rank_with_one_paragraph(write, pool):
     pool["b"].write_bytes(pool["b"].read_bytes()[:-10])
     process = command("--config", write(), "--trainer.strategy", "ddp", "--trainer.devices", 2)

@@ -338,6 +338,7 @@ def test_penalties_add_to_the_gradient(way):
         torch.testing.assert_close(slope, 7 * kept * (1 - kept) / total, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow_unless("l1")
 @pytest.mark.parametrize(
     ("penalties", "moved"),
     [({"l1": 1.0}, -1), ({"l2": 1.0}, -1), ({"distance": 1.0}, 0)],
@@ -358,6 +359,7 @@ def test_penalties_are_logged_and_move_coefficients(config, penalties, moved):
     assert logged == pytest.approx([float(row["train/loss"]) for row in rows])
 
 
+@pytest.mark.slow
 def test_the_density_penalty_is_logged_and_thins_the_mask(config):
     def run(density):
         rule = {"class_path": "adamerge.rules.Concrete", "init_args": {"density": density}}

@@ -163,6 +163,7 @@ def hub(tmp_path_factory):
     return home
 
 
+@pytest.mark.slow_unless("vit_b32_eight_tasks", "vit_b32_layer_wise")
 @pytest.mark.parametrize("path", HUB, ids=lambda path: path.stem)
 def test_a_recipe_of_the_hub_runs_on_tiny_files_of_its_layout(path, hub, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(hub)
@@ -199,6 +200,7 @@ def test_overfit_learns_the_same_two_batches(tmp_path):
     assert found[-2] < found[0]
 
 
+@pytest.mark.slow
 def test_profile_writes_a_table_and_a_trace(tmp_path):
     done = adamerge.train(stack(CONFIGS / "debug" / "profile.yaml"), **{"run.root": str(tmp_path)})
     assert "aten::convolution_backward" in (done.dir / "fit-profile.txt").read_text()

@@ -84,6 +84,7 @@ def theirs(net, run, batch):
         return net.eval()(**run.merge.backbone.inputs(batch)).logits
 
 
+@pytest.mark.slow_unless("bert", "resnet")
 @pytest.mark.parametrize("name", ["bert", "distilbert", "roberta", "deberta", "gpt2", "vit", "resnet"])
 def test_each_task_s_folder_is_a_whole_model(name, runs, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "SHARD", "2KB")

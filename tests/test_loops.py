@@ -503,7 +503,7 @@ def two_ranks(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow_unless("in turn", "two levels", "min norm", "micro-batches")
+@pytest.mark.slow_unless("two levels", "micro-batches")
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.filterwarnings("ignore")
 def test_two_ranks_take_the_steps_of_one(two_ranks, case):

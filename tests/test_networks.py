@@ -210,6 +210,7 @@ def test_networks_of_other_libraries(name, how, files, tmp_path):
     assert loaded.net.state_dict().keys() == net.state_dict().keys()
 
 
+@pytest.mark.slow_unless("efficientnet-mean", "efficientnet-base")
 @pytest.mark.parametrize("policy", ["base", "mean"])
 @pytest.mark.parametrize("name", ["shufflenet", "efficientnet"])
 def test_running_statistics(name, policy, files, tmp_path):
@@ -412,6 +413,7 @@ def test_the_merge_is_the_state_merged_by_hand(name):
             torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow_unless("leaf-bart", "leaf-t5", "swap-gpt2", "leaf-qwen2 tied")
 @models
 @pytest.mark.parametrize("way", ["leaf", "swap"])
 def test_gradients_are_finite_differences(name, way):

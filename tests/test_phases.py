@@ -93,6 +93,7 @@ def test_a_phase_moves_what_it_names_and_nothing_else(phased, caplog):
     assert all(torch.equal(tensor, state_of(loaded)[name]) for name, tensor in state_of(run.learned).items())
 
 
+@pytest.mark.slow_unless("max_steps-shares1-7-ends1", "fast_dev_run-shares2-4-ends2", "max_steps-shares4-3-ends4")
 @pytest.mark.parametrize(
     ("shares", "steps", "ends"),
     [
@@ -200,6 +201,7 @@ def test_a_recipe_has_phases_too(pool, tmp_path):
 # --- going on
 
 
+@pytest.mark.slow_unless("3")
 @pytest.mark.parametrize("stop", [2, 3, 5])
 def test_resume_is_the_straight_run_bit_for_bit(phased, stop):
     """From the first phase, exactly from the boundary at step 3, and from the second."""

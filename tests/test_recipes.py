@@ -223,6 +223,7 @@ def quick(tmp_path_factory, monkeypatch):
     monkeypatch.setattr("adamerge.training.write_plots", lambda *_, **__: None)
 
 
+@pytest.mark.slow_unless("clip_b32_eight_tasks", "clip_l14_twenty_tasks")
 @pytest.mark.parametrize("path", SIZES, ids=lambda path: path.stem)
 def test_a_clip_recipe_runs_on_tiny_files_of_its_layout(path, clips, quick, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(clips)

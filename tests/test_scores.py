@@ -71,6 +71,7 @@ def test_a_later_run_finds_them_whatever_it_learns(scored):
     assert scored(space=SpaceOptions(group="block")) == (first, 0, True)
 
 
+@pytest.mark.slow_unless("other samples", "fewer tensors")
 @pytest.mark.parametrize(
     "change",
     [

@@ -255,7 +255,7 @@ def test_what_is_kept_is_every_samples(tmp_path, wanted):
 # --- kept or computed, the same is learned
 
 
-@pytest.mark.slow_unless("model0", "model3", "model6", "model9")
+@pytest.mark.slow_unless("model0", "model6")
 @pytest.mark.parametrize(
     "model",
     [

@@ -226,6 +226,7 @@ def test_filters_and_micro_batches_agree_in_a_run(config):
     assert_equal(learned(whole), learned(parts), exact=False)
 
 
+@pytest.mark.slow_unless("trimmed-mmap")
 @pytest.mark.parametrize("placement", ["cpu", "mmap"])
 @pytest.mark.parametrize("transforms", [[], [{"class_path": "adamerge.transforms.Trim"}]], ids=["raw", "trimmed"])
 def test_where_the_vectors_are_kept_changes_no_bit(config, placement, transforms, tmp_path, monkeypatch):
